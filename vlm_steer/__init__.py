@@ -1,0 +1,1 @@
+"""Steer any HuggingFace vision-language model to look at its image."""
