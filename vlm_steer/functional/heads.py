@@ -1,0 +1,86 @@
+"""Choosing heads: the vision-aware ones (VHR) and the ones to suppress (SPIN)."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlm_steer.functional._numeric import is_open, masked_sum, upcast
+
+
+class VisionAwareHeads(NamedTuple):
+    """How much each head of a layer reacts to the image.
+
+    Attributes:
+        divergence: fp32 `[batch, heads]`, 0 for negative outliers.
+        selected: bool `[batch, heads]`, divergence above the median of the layer.
+    """
+
+    divergence: Tensor
+    selected: Tensor
+
+
+def vision_aware_heads(
+    with_image: Tensor,
+    text_only: Tensor,
+    *,
+    distance: Literal["l2", "l2sq"] = "l2",
+    drop_outliers: bool = True,
+) -> VisionAwareHeads:
+    """Selects the heads of one layer whose output changes most with the image (VHR).
+
+    With a_i the output of head i before the output projection (arXiv 2412.13949, section 3)::
+
+        VHD_i = || a_i(image, text) - a_i(text) ||_2,   TA_i = || a_i(text) ||_2^2
+        VHD_i := 0  where  VHD_i > mean + std  and  TA_i > mean + std   (negative outliers)
+        selected_i = VHD_i > median(VHD)
+
+    Means and standard deviations (unbiased) run over the heads of the layer, the median is the
+    lower one. Public ports use the squared distance (`distance="l2sq"`), which can only change
+    the outliers: the median test knows ranks alone.
+
+    Args:
+        with_image: head outputs at the last prompt row, `[batch, heads, head_dim]` float.
+        text_only: the same from a pass without the image.
+        distance: `l2` (paper) or its square.
+        drop_outliers: zero the negative outliers (paper).
+    """
+    image, text = upcast(with_image), upcast(text_only)
+    divergence = (image - text).square().sum(-1)
+    if distance == "l2":
+        divergence = divergence.sqrt()
+    if drop_outliers:
+        outlier = _is_high(divergence) & _is_high(text.square().sum(-1))
+        divergence = divergence.masked_fill(outlier, 0)
+    median = divergence.median(-1, keepdim=True).values
+    return VisionAwareHeads(divergence=divergence, selected=divergence > median)
+
+
+def _is_high(values: Tensor) -> Tensor:
+    return values > values.mean(-1, keepdim=True) + values.std(-1, keepdim=True)
+
+
+def spin_gate(scores: Tensor, visual: Tensor, *, keep_ratio: float, suppress: float) -> Tensor:
+    """Returns a gate that suppresses the heads least guided by the image (SPIN).
+
+    Heads are ranked by `s_h = sum_{j in image} z_{h,j}`; the first `int(keep_ratio * heads)` get
+    gate 1, the others `suppress` (arXiv 2505.16411). The paper speaks of attention to the image,
+    the official code sums the raw scores, as here; pass post-softmax weights as `scores` for the
+    wording of the paper. Image columns closed by a mask count nothing.
+
+    Args:
+        scores: pre-softmax scores of one query row, `[batch, heads, key]` float.
+        visual: bool `[batch, key]`.
+        keep_ratio: fraction of heads left alone, in [0, 1].
+        suppress: factor of the others, in [0, 1]; 1 gives a gate of ones.
+
+    Returns:
+        Factors of the head outputs before the output projection, `[batch, heads]`, dtype of
+        `scores`.
+    """
+    columns = visual[:, None, :] & is_open(scores)
+    ranking = masked_sum(upcast(scores), columns)
+    n_keep = int(keep_ratio * scores.shape[1])
+    kept = ranking.topk(n_keep, dim=-1).indices
+    gate = torch.full_like(ranking, suppress).scatter(-1, kept, 1.0)
+    return gate.to(scores.dtype)

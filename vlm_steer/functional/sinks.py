@@ -1,0 +1,165 @@
+"""Attention sinks: finding them, and giving their attention mass away (VAR, ACT)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlm_steer.functional._numeric import masked_sum, safe_divide, upcast
+
+# The official VAR code adds this to every image column before forming the sink share.
+_SHARE_SMOOTHING = 1e-6
+
+
+class TransferScales(NamedTuple):
+    """What a mass-preserving transfer multiplies its two column groups by.
+
+    Attributes:
+        source: factor of the columns that give, in (-inf, 1].
+        target: factor of the columns that receive, >= 1.
+    """
+
+    source: Tensor
+    target: Tensor
+
+
+def sink_tokens(
+    hidden_states: Tensor, *, sink_dims: Sequence[int], tau: float, eps: float = 1e-6
+) -> Tensor:
+    """Marks the tokens whose hidden state carries a massive activation (VAR, step 1).
+
+    A token j is a sink when `max_{d in sink_dims} |x_j[d] / sqrt(mean(x_j^2) + eps)| > tau`
+    (arXiv 2503.03321, section 3). The paper writes >= tau; the official code compares strictly,
+    and so do we.
+
+    Args:
+        hidden_states: input of the decoder layer, `[batch, sequence, hidden]` float.
+        sink_dims: hidden dimensions with massive activations of the language model, each in
+            `[0, hidden)`.
+        tau: threshold in units of the token's root mean square, > 0 (authors: 20).
+        eps: added to the mean square, >= 0.
+
+    Returns:
+        bool `[batch, sequence]`. Padding positions are judged like any other: mask them.
+    """
+    x = upcast(hidden_states)
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    dims = torch.as_tensor(list(sink_dims), device=x.device)
+    return ((x.index_select(-1, dims) * scale).abs() > tau).any(-1)
+
+
+def transfer_scales(source_mass: Tensor, target_mass: Tensor, *, keep: float) -> TransferScales:
+    """Returns the column factors that move `1 - keep` of one group's attention to another.
+
+    The source columns keep the fraction `keep`; the target columns share what is freed in
+    proportion to what they have, so each is multiplied by `1 + (1 - keep) * m_source / m_target`.
+    Where the target has no mass nothing moves: both factors are 1. These are the factors that
+    `fast.merge_groups` takes as `mass_scale`.
+
+    Args:
+        source_mass: attention mass of the giving columns, any shape, >= 0.
+        target_mass: attention mass of the receiving columns, same shape, >= 0.
+        keep: fraction that the source retains, in [0, 1]; 1 gives factors of exactly 1.
+    """
+    can_move = target_mass > 0
+    gain = 1 + (1 - keep) * safe_divide(source_mass, target_mass, otherwise=0.0)
+    source = torch.where(can_move, keep, torch.ones_like(target_mass))
+    return TransferScales(source=source, target=torch.where(can_move, gain, 1.0))
+
+
+def sink_transfer_scales(
+    sink_mass: Tensor,
+    image_sink_mass: Tensor,
+    image_mass: Tensor,
+    *,
+    n_image: Tensor,
+    eligible: Tensor,
+    keep: float,
+    max_sink_ratio: float,
+    min_image_mass: float,
+) -> TransferScales:
+    """Selects (head, row) pairs from three masses and returns their VAR factors (steps 2 and 3).
+
+    All that VAR needs to know of a row is how much attention its sinks, its image sinks and its
+    image columns receive, so a row never has to be materialised.
+
+    Args:
+        sink_mass: mass on all sinks, text and image, `[batch, heads, query]`.
+        image_sink_mass: mass on the sinks inside the image, same shape.
+        image_mass: mass on all image columns, same shape.
+        n_image: number of image columns, int, broadcastable to the masses.
+        eligible: bool broadcastable to the masses: rows that may be steered, False for every row
+            of a sequence whose image holds no sink.
+        keep: fraction of their mass that sinks retain, in [0, 1].
+        max_sink_ratio: a head is image-centric when its sinks hold at most this share of the
+            image mass, in [0, 1].
+        min_image_mass: and when the image holds at least this mass, in [0, 1].
+
+    Returns:
+        Factors `[batch, heads, query]` of the sinks and of the image non-sinks; 1 where the pair
+        is not selected.
+    """
+    share = image_sink_mass / (image_mass + _SHARE_SMOOTHING * n_image).clamp(min=1e-30)
+    selected = eligible & (share <= max_sink_ratio) & (image_mass >= min_image_mass)
+    scales = transfer_scales(sink_mass, image_mass - image_sink_mass, keep=keep)
+    return TransferScales(
+        source=torch.where(selected, scales.source, 1.0),
+        target=torch.where(selected, scales.target, 1.0),
+    )
+
+
+def redistribute_sinks(
+    weights: Tensor,
+    sinks: Tensor,
+    visual: Tensor,
+    rows: Tensor,
+    *,
+    keep: float,
+    max_sink_ratio: float,
+    min_image_mass: float,
+) -> Tensor:
+    """Moves attention from the sinks to the image in image-centric heads (VAR, steps 2 and 3).
+
+    On each selected (head, row), with `m_s` the mass of all sinks and `m_v` that of the image
+    columns that are not sinks (arXiv 2503.03321, section 5)::
+
+        A'_j = keep * A_j                            j a sink (text or image)
+        A'_j = A_j * (1 + (1 - keep) * m_s / m_v)    j an image column, no sink
+        A'_j = A_j                                   otherwise
+
+    Row sums do not change. A sequence without a sink inside its image is left alone.
+    The paper states the fraction moved, `1 - keep`, and a lower bound on the non-sink share,
+    `1 - max_sink_ratio`; the official code states what is kept and an upper bound, as here. A
+    row whose image mass lies on sinks alone has nowhere to move it and is left alone, where the
+    official code divides by zero.
+
+    Args:
+        weights: post-softmax attention, `[batch, heads, query, key]` float.
+        sinks: bool `[batch, key]`.
+        visual: bool `[batch, key]`.
+        rows: bool `[batch, query]`, query rows that may be steered (text after the image).
+        keep: fraction of their attention that sinks retain, in [0, 1]; 1 is identity, bitwise.
+        max_sink_ratio: largest share of the image mass on sinks for a head to be selected, in
+            [0, 1].
+        min_image_mass: smallest image mass for a head to be selected, in [0, 1].
+
+    Returns:
+        New weights, shape and dtype of `weights`.
+    """
+    a = upcast(weights)
+    sink, image = sinks[:, None, None, :], visual[:, None, None, :]
+    image_sinks = sinks & visual
+    scales = sink_transfer_scales(
+        masked_sum(a, sink),
+        masked_sum(a, sink & image),
+        masked_sum(a, image),
+        n_image=visual.sum(-1)[:, None, None],
+        eligible=(rows & image_sinks.any(-1, keepdim=True))[:, None, :],
+        keep=keep,
+        max_sink_ratio=max_sink_ratio,
+        min_image_mass=min_image_mass,
+    )
+    factor = torch.where(image, scales.target[..., None], 1.0)
+    factor = torch.where(sink, scales.source[..., None], factor)
+    return (a * factor).to(weights.dtype)
