@@ -1,0 +1,281 @@
+"""What a method sees of a running model, and where it may act.
+
+A method is a frozen dataclass: its fields are its configuration and its overridden hooks are its
+behaviour. Hooks get tensors and a small read-only view, and return new tensors. They know nothing
+about model families, caches, beams or padding: that is the engine's work.
+
+The hooks, in the order in which data passes them:
+
+==============  =============================================================================
+``branches``    which extra streams to run beside the user's (a noised image, no image, ...)
+``prepare``     passes before generation, such as one forward without the image
+``mask``        which query row may attend to which key column
+``marks``       a read-only look at a layer's input that marks key columns (sinks)
+``scores``      attention scores of the steered rows, before the mask and the softmax
+``weights``     attention weights of the steered rows, after the softmax
+``heads``       per-head outputs before the output projection
+``mlp``         output of a layer's MLP
+``hidden``      residual stream after a layer
+``logits``      next-token logits, with those of the branches
+``keep``        which next tokens stay possible
+``observe``     a read-only look at attention weights, returned to the user per generated token
+==============  =============================================================================
+
+A hook that is not overridden costs nothing.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+
+from torch import Tensor
+
+from vlm_steer.engine.selectors import Selector, check_selector, select
+from vlm_steer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vlm_steer.engine.model import ModelInfo
+
+__all__ = ["At", "Branch", "Columns", "LogitsAt", "Method", "Reference", "Rows", "Scope", "Selector"]
+
+Scope: TypeAlias = Literal["positive", "negative", "all"]
+Rows: TypeAlias = Literal["last", "after_image", "text", "image", "all"]
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """One extra stream that runs beside the user's.
+
+    Attributes:
+        name: Key under which ``LogitsAt.branches`` holds its logits.
+        drop_image: Remove the image tokens and everything that belongs to them.
+        pixels: Maps the pixel tensor of the user's images to the branch's; ``None`` keeps it.
+    """
+
+    name: str
+    drop_image: bool = False
+    pixels: Callable[[Tensor], Tensor] | None = None
+
+
+class Columns:
+    """What the key columns of one layer are; boolean masks ``[batch, key]``.
+
+    Image tokens of several images are a union. Left padding, empty slots of a static cache and
+    columns that a sliding window has dropped are all ``is_padding`` or absent.
+    """
+
+    PADDING, SYSTEM, IMAGE, INSTRUCTION, GENERATED = range(5)
+
+    def __init__(self, kinds: Tensor):
+        self.kinds = kinds
+
+    @cached_property
+    def is_padding(self) -> Tensor:
+        """Not a token at all."""
+        return self.kinds == self.PADDING
+
+    @cached_property
+    def is_system(self) -> Tensor:
+        """Prompt tokens before the first image token (all prompt tokens when there is no image)."""
+        return self.kinds == self.SYSTEM
+
+    @cached_property
+    def is_image(self) -> Tensor:
+        """Image tokens of every image."""
+        return self.kinds == self.IMAGE
+
+    @cached_property
+    def is_instruction(self) -> Tensor:
+        """Prompt tokens after the first image token that are not image tokens."""
+        return self.kinds == self.INSTRUCTION
+
+    @cached_property
+    def is_generated(self) -> Tensor:
+        """Tokens that this generation produced."""
+        return self.kinds == self.GENERATED
+
+
+@dataclass(frozen=True, slots=True)
+class At:
+    """Where a hook is being called.
+
+    Attributes:
+        layer: Index of the decoder layer.
+        n_layers: Depth of the decoder.
+        step: 0 for the pass over the prompt, then 1, 2, ...
+        columns: The key columns of this layer, ``[batch, key]`` masks.
+        is_row: ``[batch, rows]``; which of the rows at hand the method may change. The engine
+            restores the others, so methods may ignore it.
+        row_kinds: ``[batch, rows]``; the same codes as ``Columns`` for the query rows.
+        marks: ``[batch, key]`` columns that the method's own ``marks`` hook marked at this layer,
+            or ``None`` when it has no such hook.
+        plan: What ``Method.resolve`` returned for this model.
+        prepared: What ``Method.prepare`` returned for this generation.
+        once: ``once(name, make)`` returns ``make()`` of the first call in this generation, per
+            method, layer and stream.
+    """
+
+    layer: int
+    n_layers: int
+    step: int
+    columns: Columns
+    is_row: Tensor
+    row_kinds: Tensor
+    marks: Tensor | None
+    plan: Any
+    prepared: Any
+    once: Callable[[str, Callable[[], Tensor]], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsAt:
+    """What the ``logits`` and ``keep`` hooks see.
+
+    Attributes:
+        raw: The positive stream's logits before any method, ``[batch, vocabulary]`` float32.
+        branches: Logits of this method's branches by name, ``[batch, vocabulary]`` float32.
+        step: 0 for the first generated token.
+        plan: What ``Method.resolve`` returned for this model.
+        prepared: What ``Method.prepare`` returned for this generation.
+    """
+
+    raw: Tensor
+    branches: Mapping[str, Tensor]
+    step: int
+    plan: Any
+    prepared: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Runs passes before generation for ``Method.prepare``.
+
+    Attributes:
+        head_outputs_without_image: ``f(layers)`` runs the prompt once with its image tokens
+            removed and every intervention off, and returns ``{layer: [batch, heads, head_dim]}``,
+            the per-head outputs before the output projection at the last prompt row.
+        layers: The layers this method acts on.
+    """
+
+    head_outputs_without_image: Callable[[tuple[int, ...]], dict[int, Tensor]]
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base of every intervention and observer.
+
+    Subclasses are frozen, keyword-only dataclasses registered with ``register_method``. They
+    override the hooks they need and nothing else.
+
+    Attributes:
+        layers: Decoder layers to act on, see ``vlm_steer.engine.selectors``.
+        scope: Streams to act on when branches run beside the user's: the user's own
+            (``positive``), the branches (``negative``) or ``all``.
+    """
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    rows: ClassVar[Rows] = "last"
+    observer: ClassVar[bool] = False
+    acts_on_image_columns: ClassVar[bool] = False
+    requires_image_rows: ClassVar[bool] = False
+
+    layers: Selector = "all"
+    scope: Scope = "positive"
+
+    def __post_init__(self) -> None:
+        check_selector(self.layers)
+
+    # -- before generation ------------------------------------------------------------------
+    def is_neutral(self) -> bool:
+        """Whether these parameters change nothing; such a method is bitwise absent."""
+        return False
+
+    def check(self, model: "ModelInfo") -> None:
+        """Raise UnsupportedModelError when the method has no meaning for this model."""
+
+    def select_layers(self, model: "ModelInfo") -> tuple[int, ...]:
+        """Indices of the decoder layers to act on."""
+        return select(self.layers, model.n_layers)
+
+    def resolve(self, model: "ModelInfo") -> Any:
+        """Constants of this model, computed once when the method is attached."""
+        return None
+
+    def notes(self, plan: Any) -> tuple[str, ...]:
+        """Sentences about this model for ``status()``, such as "no sink dimensions found"."""
+        return ()
+
+    def branches(self) -> tuple[Branch, ...]:
+        """Extra streams to run beside the user's."""
+        return ()
+
+    def prepare(self, reference: Reference) -> Any:
+        """Run passes before generation; the result is ``At.prepared``."""
+        return None
+
+    # -- in every forward -------------------------------------------------------------------
+    def mask(self, allowed: Tensor, at: At) -> Tensor:
+        """``[batch, rows, key]`` bool, ``True`` where the row may attend; same shape back."""
+        return allowed
+
+    def marks(self, hidden: Tensor, at: At) -> Tensor:
+        """``[batch, rows, hidden]`` layer input of prompt tokens -> ``[batch, rows]`` bool."""
+        raise NotImplementedError
+
+    def scores(self, scores: Tensor, at: At) -> Tensor:
+        """``[batch, heads, rows, key]`` float32 scaled scores before the mask; same shape back."""
+        return scores
+
+    def weights(self, weights: Tensor, at: At) -> Tensor:
+        """``[batch, heads, rows, key]`` float32 weights whose rows sum to 1; same shape back."""
+        return weights
+
+    def heads(self, outputs: Tensor, at: At) -> Tensor:
+        """``[batch, rows, heads, head_dim]`` head outputs before W_O; same shape back."""
+        return outputs
+
+    def mlp(self, output: Tensor, at: At) -> Tensor:
+        """``[batch, rows, hidden]`` output of the layer's MLP; same shape back."""
+        return output
+
+    def hidden(self, hidden: Tensor, at: At) -> Tensor:
+        """``[batch, rows, hidden]`` residual stream after the layer; same shape back."""
+        return hidden
+
+    def logits(self, logits: Tensor, at: LogitsAt) -> Tensor:
+        """``[batch, vocabulary]`` float32 next-token logits; same shape back."""
+        return logits
+
+    def keep(self, at: LogitsAt) -> Tensor | None:
+        """``[batch, vocabulary]`` bool, which tokens stay possible; ``None`` keeps all."""
+        return None
+
+    def observe(self, weights: Tensor, at: At) -> Tensor:
+        """``[batch, heads, key]`` weights of the row that predicts the next token -> a record."""
+        raise NotImplementedError
+
+    # -- conveniences -----------------------------------------------------------------------
+    def overrides(self, hook: str) -> bool:
+        """Whether this method's class overrides the hook of that name."""
+        return getattr(type(self), hook) is not getattr(Method, hook)
+
+    def require(self, condition: bool, message: str) -> None:
+        """Raise ConfigError with the method's name unless the condition holds."""
+        if not condition:
+            raise ConfigError(f"{self.name}: {message}")
+
+    def replace(self, **changes: Any) -> "Method":
+        """A copy with other parameters."""
+        known = {f.name for f in dataclasses.fields(self)}
+        unknown = sorted(set(changes) - known)
+        if unknown:
+            raise ConfigError(
+                f"{self.name} has no option {', '.join(unknown)}. It has {', '.join(sorted(known))}."
+            )
+        return dataclasses.replace(self, **changes)
+
+
