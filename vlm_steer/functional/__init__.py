@@ -1,31 +1,131 @@
 """The mathematics of the interventions: pure tensor functions without models or state."""
 
-from vlm_steer.functional.boost import boost_scores
-from vlm_steer.functional.contrast import contrast_logits, plausibility_mask
-from vlm_steer.functional.heads import VisionAwareHeads, spin_gate, vision_aware_heads
-from vlm_steer.functional.masks import concentric_rings, modality_mutual_mask
-from vlm_steer.functional.probes import lookback_ratio
+from vlm_steer.functional.boost import (
+    boost_scores,
+    gift_fuse,
+    gift_saliency,
+    scale_scores,
+)
+from vlm_steer.functional.contrast import (
+    EntropyContrast,
+    contrast_logits,
+    decore_logits,
+    guidance_logits,
+    m3id_logits,
+    plausibility_mask,
+)
+from vlm_steer.functional.fast import (
+    GroupedAttention,
+    grouped_attention,
+    grouped_values,
+    merge_groups,
+    row_scores,
+    weighted_values,
+)
+from vlm_steer.functional.heads import (
+    VisionAwareHeads,
+    spin_gate,
+    vision_aware_heads,
+)
+from vlm_steer.functional.layers import (
+    deco_logits,
+    dola_logits,
+    early_logit_mix,
+)
+from vlm_steer.functional.masks import (
+    concentric_mask,
+    concentric_positions,
+    concentric_rings,
+    modality_mutual_mask,
+)
+from vlm_steer.functional.noise import (
+    diffusion_noise,
+)
+from vlm_steer.functional.probes import (
+    laplacian_eigenvalues,
+    lookback_ratio,
+    summed_visual_attention_ratio,
+)
+from vlm_steer.functional.retrace import (
+    memvr_retrace,
+    retrace_uncertainty,
+)
+from vlm_steer.functional.search import (
+    OverTrustPenalty,
+    opera_penalty,
+    vdgd_logits,
+)
 from vlm_steer.functional.sinks import (
     TransferScales,
+    act_calibrate,
+    attention_sinks,
+    received_attention,
     redistribute_sinks,
     sink_tokens,
     sink_transfer_scales,
     transfer_scales,
 )
+from vlm_steer.functional.tokens import (
+    InformedTokens,
+    blind_tokens,
+    least_attended_tokens,
+    paint_tokens,
+)
+from vlm_steer.functional.vectors import (
+    steering_direction,
+    vsv_shift,
+    vti_shift,
+)
 
 __all__ = [
+    "EntropyContrast",
+    "GroupedAttention",
+    "InformedTokens",
+    "OverTrustPenalty",
     "TransferScales",
     "VisionAwareHeads",
+    "act_calibrate",
+    "attention_sinks",
+    "blind_tokens",
     "boost_scores",
+    "concentric_mask",
+    "concentric_positions",
     "concentric_rings",
     "contrast_logits",
+    "deco_logits",
+    "decore_logits",
+    "diffusion_noise",
+    "dola_logits",
+    "early_logit_mix",
+    "gift_fuse",
+    "gift_saliency",
+    "grouped_attention",
+    "grouped_values",
+    "guidance_logits",
+    "laplacian_eigenvalues",
+    "least_attended_tokens",
     "lookback_ratio",
+    "m3id_logits",
+    "memvr_retrace",
+    "merge_groups",
     "modality_mutual_mask",
+    "opera_penalty",
+    "paint_tokens",
     "plausibility_mask",
+    "received_attention",
     "redistribute_sinks",
+    "retrace_uncertainty",
+    "row_scores",
+    "scale_scores",
     "sink_tokens",
     "sink_transfer_scales",
     "spin_gate",
+    "steering_direction",
+    "summed_visual_attention_ratio",
     "transfer_scales",
+    "vdgd_logits",
     "vision_aware_heads",
+    "vsv_shift",
+    "vti_shift",
+    "weighted_values",
 ]

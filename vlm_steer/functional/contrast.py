@@ -7,7 +7,7 @@ which it has no opinion: the first stream decides alone, where plain arithmetic 
 """
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ def contrast_logits(
 ) -> Tensor:
     """Combines the logits of two views of the same prompt under a plausibility mask.
 
-    `subtract`: `(1 + alpha) * positive - alpha * negative` (VCD, arXiv 2311.16922, eq. 3; shared
+    `subtract`: `(1 + alpha) * positive - alpha * negative` (VCD, arXiv 2311.16922; shared
     by ICD, AvisC, SID and LQCD). `add`: `positive + alpha * negative`, where the second view
     helps (AGLA, arXiv 2406.12718). Then `-inf` where the positive logit is below
     `log(beta) + max(positive)`.
@@ -65,6 +65,98 @@ def contrast_logits(
     else:
         combined = first + alpha * second
     return _restrict(combined, first, beta=beta).to(positive.dtype)
+
+
+def guidance_logits(
+    conditional: Tensor, unconditional: Tensor, *, gamma: float, beta: float
+) -> Tensor:
+    """Amplifies what the image adds to the log-probabilities (PAI's logit refinement).
+
+    `gamma * (lc - lu) + lu` with lc, lu the log-probabilities with and without the image
+    (arXiv 2407.21771), then `-inf` where `lc < log(beta) + max(lc)`. As in the official
+    code, `gamma = 1` returns lc and skips the mask.
+
+    Args:
+        conditional: logits with the image, `[batch, vocabulary]`.
+        unconditional: logits without it.
+        gamma: guidance, >= 1; 1 disables (authors: 1.1; default of their script: 2).
+        beta: plausibility, in [0, 1].
+
+    Returns:
+        Logits, shape and dtype of `conditional`.
+    """
+    first = upcast(conditional).log_softmax(-1)
+    if gamma == 1:
+        return first.to(conditional.dtype)
+    second = _with_opinion(upcast(unconditional).log_softmax(-1), first)
+    combined = gamma * (first - second) + second
+    return _restrict(combined, first, beta=beta).to(conditional.dtype)
+
+
+def m3id_logits(
+    conditional: Tensor,
+    unconditional: Tensor,
+    *,
+    step: int,
+    lam: float,
+    max_weight: float | None = None,
+) -> Tensor:
+    """Amplifies what the image adds, more and more as the text grows (M3ID).
+
+    `lc + w * (lc - lu)` on log-probabilities, `w = (1 - g) / g`, `g = exp(-lam * step)`
+    (arXiv 2403.14003). The paper applies it only where the model is unsure
+    (`max(lc) < log(alpha)`); the only public code, AvisC's port, has no such gate, and neither
+    has this function: gate, or mask with `plausibility_mask`, outside. The weight has no bound
+    (11.2 at step 125 for lam 0.02) unless `max_weight` sets one.
+
+    Args:
+        conditional: logits with the image, `[batch, vocabulary]`.
+        unconditional: logits without it.
+        step: number of the token being generated, from 1.
+        lam: rate at which the image is forgotten, per token, >= 0; 0 disables.
+        max_weight: upper bound of the weight, >= 0; None for none.
+
+    Returns:
+        Log-probabilities shifted by the contrast, shape and dtype of `conditional`.
+    """
+    weight = math.expm1(lam * step)
+    if max_weight is not None:
+        weight = min(weight, max_weight)
+    first = upcast(conditional).log_softmax(-1)
+    second = _with_opinion(upcast(unconditional).log_softmax(-1), first)
+    combined = first + weight * (first - second)
+    return _restrict(combined, first, beta=0).to(conditional.dtype)
+
+
+class EntropyContrast(NamedTuple):
+    """A contrast whose weight is the entropy of the base distribution.
+
+    Attributes:
+        alpha: fp32 `[batch]`, entropy in nats.
+        logits: `[batch, vocabulary]`, dtype of the base logits.
+    """
+
+    alpha: Tensor
+    logits: Tensor
+
+
+def decore_logits(base: Tensor, masked: Tensor) -> EntropyContrast:
+    """Contrasts the model with itself without its retrieval heads, by uncertainty (DeCoRe).
+
+    `(1 + alpha) * log p_base - alpha * log p_masked`, alpha the entropy of p_base in nats
+    (arXiv 2410.18860). No plausibility mask.
+
+    Args:
+        base: logits of the unchanged model, `[batch, vocabulary]`.
+        masked: logits with the retrieval heads masked.
+    """
+    first = upcast(base).log_softmax(-1)
+    second = _with_opinion(upcast(masked).log_softmax(-1), first)
+    alpha = torch.special.entr(first.exp()).sum(-1)
+    weight = alpha.unsqueeze(-1)
+    combined = (1 + weight) * first - weight * second
+    logits = _restrict(combined, first, beta=0)
+    return EntropyContrast(alpha=alpha, logits=logits.to(base.dtype))
 
 
 def _with_opinion(other: Tensor, reference: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def vision_aware_heads(
 ) -> VisionAwareHeads:
     """Selects the heads of one layer whose output changes most with the image (VHR).
 
-    With a_i the output of head i before the output projection (arXiv 2412.13949, section 3)::
+    With a_i the output of head i before the output projection (arXiv 2412.13949)::
 
         VHD_i = || a_i(image, text) - a_i(text) ||_2,   TA_i = || a_i(text) ||_2^2
         VHD_i := 0  where  VHD_i > mean + std  and  TA_i > mean + std   (negative outliers)

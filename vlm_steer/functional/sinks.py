@@ -30,7 +30,7 @@ def sink_tokens(
     """Marks the tokens whose hidden state carries a massive activation (VAR, step 1).
 
     A token j is a sink when `max_{d in sink_dims} |x_j[d] / sqrt(mean(x_j^2) + eps)| > tau`
-    (arXiv 2503.03321, section 3). The paper writes >= tau; the official code compares strictly,
+    (arXiv 2503.03321). The paper writes >= tau; the official code compares strictly,
     and so do we.
 
     Args:
@@ -122,7 +122,7 @@ def redistribute_sinks(
     """Moves attention from the sinks to the image in image-centric heads (VAR, steps 2 and 3).
 
     On each selected (head, row), with `m_s` the mass of all sinks and `m_v` that of the image
-    columns that are not sinks (arXiv 2503.03321, section 5)::
+    columns that are not sinks (arXiv 2503.03321)::
 
         A'_j = keep * A_j                            j a sink (text or image)
         A'_j = A_j * (1 + (1 - keep) * m_s / m_v)    j an image column, no sink
@@ -163,3 +163,83 @@ def redistribute_sinks(
     factor = torch.where(image, scales.target[..., None], 1.0)
     factor = torch.where(sink, scales.source[..., None], factor)
     return (a * factor).to(weights.dtype)
+
+
+def received_attention(weights: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Returns the attention each token receives on average from the rows that can see it.
+
+    `sum_q A_qk / #{q >= k}`, the statistic behind ACT (arXiv 2406.15765) and LapEigvals
+    (arXiv 2502.17598).
+
+    Args:
+        weights: square causal post-softmax attention, `[..., sequence, sequence]` float.
+        mask: bool `[batch, sequence]`, real tokens; then `weights` is
+            `[batch, heads, sequence, sequence]`, padding rows do not count and padding columns
+            receive 0.
+
+    Returns:
+        fp32 `[..., sequence]` in [0, 1].
+    """
+    a = upcast(weights)
+    if mask is None:
+        size = weights.shape[-1]
+        return a.sum(-2) / torch.arange(size, 0, -1, device=a.device)
+    n_rows = mask.flip(-1).cumsum(-1).flip(-1).clamp(min=1)
+    received = a.masked_fill(~mask[:, None, :, None], 0).sum(-2) / n_rows[:, None, :]
+    return received.masked_fill(~mask[:, None, :], 0)
+
+
+def attention_sinks(received: Tensor, *, theta: float) -> Tensor:
+    """Marks the tokens that receive more than `theta`, except the first such token (ACT).
+
+    The exception is the beginning-of-sequence token, a sink that the model needs.
+
+    Args:
+        received: mean attention received, `[..., sequence]` float, see `received_attention`.
+        theta: threshold in [0, 1] (official code: 0.1; paper: 5 / sequence length).
+
+    Returns:
+        bool, shape of `received`.
+    """
+    over = received > theta
+    return over & (over.cumsum(-1) > 1)
+
+
+def act_calibrate(
+    weights: Tensor,
+    *,
+    heads: Sequence[int],
+    beta: float,
+    theta: float,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Takes attention from the sinks in mid-sequence and spreads it over the other tokens (ACT).
+
+    In each listed head, with S the sinks of `attention_sinks` and m_S, m_N the mass of a row on
+    them and on all other columns (arXiv 2406.15765)::
+
+        A'_j = beta * A_j                          j in S
+        A'_j = A_j * (1 + (1 - beta) * m_S / m_N)  otherwise
+
+    Row sums do not change; the first row, which sees itself alone, stays as it is. The official
+    code applies this to single decoded rows too and breaks their sums; square prefill weights
+    are required here.
+
+    Args:
+        weights: square causal post-softmax attention, `[batch, heads, sequence, sequence]` float.
+        heads: indices of the heads to calibrate, each in `[0, heads)`; the others are copied.
+        beta: fraction of their attention that sinks retain, in [0, 1]; 1 is identity, bitwise.
+        theta: mean received attention above which a token is a sink, in [0, 1].
+        mask: bool `[batch, sequence]`, real tokens; rows of padding are left alone.
+
+    Returns:
+        New weights, shape and dtype of `weights`.
+    """
+    index = torch.as_tensor(list(heads), dtype=torch.long, device=weights.device)
+    a = upcast(weights.index_select(1, index))
+    sinks = attention_sinks(received_attention(a, mask=mask), theta=theta)[:, :, None, :]
+    scales = transfer_scales(masked_sum(a, sinks), masked_sum(a, ~sinks), keep=beta)
+    factor = torch.where(sinks, scales.source[..., None], scales.target[..., None])
+    if mask is not None:
+        factor = torch.where(mask[:, None, :, None], factor, 1.0)
+    return weights.index_copy(1, index, (a * factor).to(weights.dtype))

@@ -1,0 +1,109 @@
+"""Scoring candidates while searching (OPERA, VDGD)."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlm_steer.functional._numeric import masked_sum, safe_divide, upcast
+
+_COLUMN_FACTOR = 1e-7  # keeps the products of the official code within fp16
+
+
+class OverTrustPenalty(NamedTuple):
+    """How much each candidate over-trusts a summary token.
+
+    Attributes:
+        penalty: fp32 `[beams, candidates]`, to be subtracted from the candidate's logit.
+        anchor: int64 `[beams * candidates]`, the column of each candidate's strongest pattern,
+            counted from the start of the response. The location that OPERA may roll back to is
+            its mode, first over the candidates, then over the beams of one sample.
+    """
+
+    penalty: Tensor
+    anchor: Tensor
+
+
+def opera_penalty(
+    weights: Tensor,
+    visual: Tensor,
+    *,
+    scale: float,
+    response_start: int,
+    bonus_length: int = 10,
+) -> OverTrustPenalty:
+    """Scores the knowledge-aggregation pattern in the attention of each candidate (OPERA).
+
+    Rows are normalised; in the block of the response (R tokens) each column gets
+    `phi_j = 1e-7 * prod_{i >= j} scale * A_ij`, and the penalty is `max_j phi_j`
+    (arXiv 2311.17911). While R <= 10 the official code gives minus the attention of the last row
+    to the image instead, which is not in the paper's formula. The code computes in fp16; we
+    compute in fp32.
+
+    Args:
+        weights: attention of the last layer after a maximum over heads,
+            `[beams, candidates, key, key]` float, causal.
+        visual: bool `[beams, key]`.
+        scale: sigma, > 0 (authors: 50).
+        response_start: first column of the response, in `[0, key)`.
+        bonus_length: longest response that gets the image bonus, in tokens; 0 for the paper's
+            formula throughout.
+    """
+    a = upcast(weights)
+    a = safe_divide(a, a.sum(-1, keepdim=True), otherwise=0.0)
+    response = scale * a[..., response_start:, response_start:]
+    size = response.shape[-1]
+    below = torch.ones(size, size, dtype=torch.bool, device=a.device).tril()
+    column_scores = _COLUMN_FACTOR * torch.where(below, response, 1.0).prod(-2)
+    strongest, column = column_scores.max(-1)
+    penalty = strongest if size > bonus_length else -masked_sum(a[..., -1, :], visual[:, None, :])
+    return OverTrustPenalty(penalty=penalty, anchor=column.flatten())
+
+
+def vdgd_logits(
+    logits: Tensor,
+    description_log_probs: Tensor,
+    *,
+    top_p: float,
+    temperature: float,
+    reduce: Literal["min", "mean", "sum"] = "min",
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Scores the plausible tokens by how well a description of the image supports them (VDGD).
+
+    Inside the nucleus of the logits (after `temperature`), token i gets
+    `-reduce_j KL(onehot_i || p_j) = -reduce_j(-log p_j(i))` over the description tokens j;
+    outside it `-inf` (arXiv 2405.15683). The official code divides the divergence by the
+    vocabulary size, which makes the scores nearly uniform; we do not.
+
+    Args:
+        logits: `[batch, vocabulary]` float.
+        description_log_probs: log-probabilities with which the description was written,
+            `[batch, description, vocabulary]`; they do not change from step to step.
+        top_p: nucleus, in (0, 1] (authors: 0.5).
+        temperature: of the nucleus, > 0 (authors: 0.5).
+        reduce: over the description tokens (code: min; read-me: mean).
+        mask: bool `[batch, description]`, real description tokens, at least one per row; None
+            for all.
+
+    Returns:
+        Scores, shape and dtype of `logits`.
+    """
+    supports = -upcast(description_log_probs)
+    real = torch.ones_like(supports[..., 0], dtype=torch.bool) if mask is None else mask
+    column = real.unsqueeze(-1)
+    if reduce == "min":
+        divergence = supports.masked_fill(~column, torch.inf).amin(1)
+    else:
+        divergence = supports.masked_fill(~column, 0).sum(1)
+        if reduce == "mean":
+            divergence = divergence / column.sum(1)
+    kept = _nucleus(upcast(logits) / temperature, top_p=top_p)
+    return (-divergence).masked_fill(~kept, -torch.inf).to(logits.dtype)
+
+
+def _nucleus(logits: Tensor, *, top_p: float) -> Tensor:
+    """Marks the fewest most probable tokens whose probabilities exceed `top_p` together."""
+    ordered, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    inside = ordered.cumsum(-1) - ordered <= top_p
+    return torch.zeros_like(inside).scatter(-1, order, inside)
