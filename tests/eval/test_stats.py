@@ -1,0 +1,144 @@
+"""The statistics against reference values, and their laws."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vlm_steer_eval.metrics import MetricSet, compare, ratio, summarise
+from vlm_steer_eval.resampling import bootstrap_sums, cluster_totals, percentile_interval, swap_sums
+from vlm_steer_eval.stats import (
+    benjamini_hochberg,
+    clopper_pearson,
+    clustered_standard_error,
+    holm,
+    mcnemar,
+    paired_t_test,
+    wilson,
+)
+
+from vlm_steer.errors import DataError
+
+SHARE = MetricSet(columns=("hits", "n"), formulas={"share": lambda c: ratio(c["hits"], c["n"])})
+
+
+def test_reference_cases_are_reproduced(golden):
+    cases = golden("stats.json")
+    for case in cases["cases"]:
+        a, b = case["a"], case["b"]
+        n10 = sum(x > y for x, y in zip(a, b, strict=True))
+        n01 = sum(x < y for x, y in zip(a, b, strict=True))
+        assert (n10, n01) == (case["n10"], case["n01"])
+        result = mcnemar(n10, n01)
+        assert result.exact_p == pytest.approx(case["mcnemar_exact_p"], rel=1e-12)
+        if case["mcnemar_cc_p"] is None:
+            assert result.corrected_p is None
+        else:
+            assert result.corrected_p == pytest.approx(case["mcnemar_cc_p"], rel=1e-12)
+        assert wilson(sum(a), len(a)) == pytest.approx(case["wilson95"], abs=1e-12)
+        assert clopper_pearson(sum(a), len(a)) == pytest.approx(
+            case["clopper_pearson95"], abs=1e-11
+        )
+        clusters = np.asarray(case["cluster"])
+        assert clustered_standard_error(a, clusters, correction="bessel") == pytest.approx(
+            case["clustered_se_lmms_eval"], abs=1e-12
+        )
+        assert clustered_standard_error(a, clusters) == pytest.approx(
+            case["clustered_se_inspect"], abs=1e-12
+        )
+        expected = case["paired_ttest_lmms_eval"]
+        paired = paired_t_test(a, b)
+        assert paired.difference == pytest.approx(expected["mean_diff"], abs=1e-12)
+        assert paired.standard_error == pytest.approx(expected["se_diff"], abs=1e-12)
+        assert paired.t == pytest.approx(expected["t_stat"], abs=1e-10)
+        assert paired.p == pytest.approx(expected["p_value"], rel=1e-9)
+        assert paired.interval == pytest.approx(
+            (expected["ci_lower"], expected["ci_upper"]), abs=1e-9
+        )
+    many = cases["multiple_comparisons"]
+    assert holm(many["p"]) == pytest.approx(many["holm"], abs=1e-15)
+    assert benjamini_hochberg(many["p"]) == pytest.approx(many["benjamini_hochberg"], abs=1e-15)
+
+
+def test_published_greedy_and_sampled_answers_differ_by_mcnemar(golden, data_folder):
+    expected = golden("pope_real_expected.json")["results"]
+    for name, case in expected.items():
+        if name.endswith("mcnemar_sample_vs_greedy"):
+            result = mcnemar(case["only_sample_right"], case["only_greedy_right"])
+            assert result.exact_p == pytest.approx(case["exact_p"], rel=1e-9)
+
+
+def test_resampled_sums_are_the_weighted_totals_of_whole_clusters():
+    totals = np.diag([1.0, 10.0, 100.0])
+    sums = bootstrap_sums(totals, n_resamples=500)
+    weights = sums / np.diag(totals)
+    assert (weights == weights.round()).all()
+    assert (weights.sum(1) == 3).all()
+    assert np.allclose(weights.mean(0), 1, atol=0.15)
+
+
+@given(st.integers(1, 40), st.integers(0, 5))
+@settings(max_examples=20, deadline=None)
+def test_resampling_keeps_the_number_of_clusters(n, seed):
+    sums = bootstrap_sums(np.ones((n, 1)), n_resamples=50, seed=seed)
+    assert (sums == n).all()
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=20))
+@settings(max_examples=20, deadline=None)
+def test_swapping_labels_keeps_the_sum_of_both_arms(pairs):
+    a, b = (np.array(column, dtype=float)[:, None] for column in zip(*pairs, strict=True))
+    swapped_a, swapped_b = swap_sums(a, b, n_resamples=30)
+    assert np.allclose(swapped_a + swapped_b, a.sum() + b.sum())
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_claims():
+    generator = np.random.default_rng(1)
+    covered = 0
+    for seed in range(200):
+        hits = generator.random(80) < 0.7
+        counts = np.stack([hits, np.ones(80)], axis=1)
+        interval = summarise(
+            SHARE, counts, [str(i) for i in range(80)], n_resamples=400, seed=seed
+        )["share"]["ci95"]
+        covered += interval[0] <= 0.7 <= interval[1]
+    # Binomial(200, 0.95) leaves [175, 198] with probability below 1e-4; the percentile bootstrap
+    # of 80 items covers about one point less than nominal.
+    assert 175 <= covered <= 200
+
+
+def test_clustering_widens_the_interval_of_correlated_items():
+    hits = np.repeat(np.random.default_rng(2).random(60) < 0.5, 6)
+    counts = np.stack([hits, np.ones(360)], axis=1)
+    alone = summarise(SHARE, counts, [str(i) for i in range(360)])["share"]["ci95"]
+    grouped = summarise(SHARE, counts, [str(i // 6) for i in range(360)])["share"]["ci95"]
+    assert grouped[1] - grouped[0] > 2 * (alone[1] - alone[0])
+
+
+def test_paired_difference_is_sharper_than_two_separate_intervals():
+    generator = np.random.default_rng(3)
+    base = generator.random(400) < 0.6
+    better = base | (generator.random(400) < 0.06)
+    clusters = [str(i) for i in range(400)]
+    ones = np.ones(400)
+    result = compare(SHARE, np.stack([base, ones], 1), np.stack([better, ones], 1), clusters)
+    share = result["share"]
+    assert share["ci95"][0] > 0
+    assert share["p"] < 0.01
+    assert share["value"] == pytest.approx(better.mean() - base.mean())
+
+
+def test_identical_arms_have_no_difference_and_p_one():
+    counts = [[1, 1], [0, 1], [1, 1]]
+    share = compare(SHARE, counts, counts, ["a", "b", "c"])["share"]
+    assert share == {"value": 0.0, "ci95": [0.0, 0.0], "p": 1.0}
+
+
+def test_undefined_metrics_are_null_and_partly_defined_resamples_are_kept():
+    assert summarise(SHARE, [[0, 0]], ["a"])["share"] == {"value": None, "ci95": None}
+    assert summarise(SHARE, [], [])["share"] == {"value": None, "ci95": None}
+    assert percentile_interval([np.nan, 1.0, 1.0]) == (1.0, 1.0)
+
+
+def test_rows_without_a_cluster_are_refused():
+    with pytest.raises(DataError, match="2 rows"):
+        cluster_totals([[1], [2]], ["a"])
