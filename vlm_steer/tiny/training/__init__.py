@@ -1,0 +1,1 @@
+"""How the embedded model is trained from scratch; run ``python -m vlm_steer.tiny.train``."""
