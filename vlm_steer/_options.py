@@ -1,0 +1,261 @@
+"""The options of a method: what they are, and whether a written value is one.
+
+Types are checked here, where text becomes Python; ranges are checked by the method itself, so that
+Python users meet the same errors.
+"""
+
+import dataclasses
+import functools
+import inspect
+import json
+import os
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from vlm_steer._yaml import Place, parse_yaml
+from vlm_steer.errors import ConfigError
+from vlm_steer.registry import did_you_mean
+
+if TYPE_CHECKING:
+    from vlm_steer.engine.hooks import Method
+
+__all__ = ["Option", "build", "check_values", "describe", "option_names", "plain", "refuse_ignored"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Option:
+    """One option of a method.
+
+    Attributes:
+        name: How it is written.
+        type: What may be written, in words.
+        default: The value when nothing is written, as plain data; ``None`` also when required.
+        required: Whether it has to be written.
+        doc: Meaning and range, from the docstring of the class.
+    """
+
+    name: str
+    type: str
+    default: object
+    required: bool
+    doc: str
+
+
+def describe(cls: "type[Method]") -> tuple[Option, ...]:
+    """The options of a method class, its own before those that every method has."""
+    docs = _docs(cls)
+    own = inspect.get_annotations(cls)
+    fields = sorted(_fields(cls), key=lambda field: field.name not in own)
+    return tuple(
+        Option(
+            name=field.name,
+            type=_in_words(_hints(cls)[field.name]),
+            default=None if _is_required(field) else plain(_default(field), field.name),
+            required=_is_required(field),
+            doc=docs.get(field.name, ""),
+        )
+        for field in fields
+    )
+
+
+def option_names(cls: "type[Method]") -> tuple[str, ...]:
+    """Names of the options of a method class."""
+    return tuple(field.name for field in _fields(cls))
+
+
+def build(cls: "type[Method]", written: Mapping[str, object], place: Place) -> "Method":
+    """Make a method from what was written.
+
+    Args:
+        cls: A registered method class.
+        written: Its options as plain data.
+        place: Where they were written.
+
+    Raises:
+        ConfigError: An option is unknown, missing, of the wrong type, out of range or ignored.
+    """
+    values = check_values(cls, written, place)
+    missing = [f.name for f in _fields(cls) if _is_required(f) and f.name not in values]
+    if missing:
+        raise place.error(
+            f"{cls.name} needs {', '.join(missing)}. Write {missing[0]}: "
+            f"{_in_words(_hints(cls)[missing[0]])}."
+        )
+    with _blaming_option(place, written):
+        method = cls(**values)
+    refuse_ignored(method, written, place)
+    return method
+
+
+def check_values(
+    cls: "type[Method]", written: Mapping[str, object], place: Place
+) -> dict[str, Any]:
+    """Check names and types of written options and return their Python values."""
+    names = option_names(cls)
+    for name in written:
+        if name not in names:
+            raise place[name].error(
+                f"unknown option {name!r} for {cls.name}.{did_you_mean(str(name), names)} "
+                f"It has {', '.join(sorted(names))}."
+            )
+    return {name: _check(cls, name, value, place[name]) for name, value in written.items()}
+
+
+def refuse_ignored(method: "Method", written: Mapping[str, object], place: Place) -> None:
+    """Raise ConfigError when a written option has no effect under the others."""
+    for name, reason in ignored_options(method).items():
+        if name in written:
+            raise place[name].error(
+                f"{method.name}: {name} has no effect here: {reason}. Remove it."
+            )
+
+
+def ignored_options(method: "Method") -> Mapping[str, str]:
+    """Options that mean nothing under the other options chosen, each with the reason.
+
+    A method says so by defining ``ignored_options``; one that does not uses all of its options.
+    """
+    hook = getattr(method, "ignored_options", None)
+    return {} if hook is None else hook()
+
+
+def plain(value: object, name: str) -> Any:
+    """A value as JSON-able data: tuples become lists, paths text, dataclasses mappings.
+
+    Raises:
+        ConfigError: The value of the option ``name`` cannot be written to a file.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, name) for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [plain(item, name) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name), name) for f in dataclasses.fields(value)}
+    raise ConfigError(
+        f"option {name!r} holds a {type(value).__name__}, which cannot be written to a file. "
+        "Use numbers, text, lists and mappings."
+    )
+
+
+def _check(cls: "type[Method]", name: str, value: object, place: Place) -> Any:
+    hint = _hints(cls)[name]
+    try:
+        # Strict JSON mode: lists may become tuples and integers floats, but true is not a number,
+        # "0.5" is not one either, and neither NaN nor infinity exists.
+        text = json.dumps(value, allow_nan=False, default=os.fspath)
+        return TypeAdapter(hint).validate_json(text, strict=True, extra="forbid")
+    except (TypeError, ValueError) as error:
+        problem = error.errors()[0] if isinstance(error, ValidationError) else None
+        if problem is not None and problem["type"] == "value_error":
+            raise place.error(f"{cls.name}: {name}: {problem['ctx']['error']}") from None
+        raise place.error(
+            f"{cls.name}: {name} must be {_in_words(hint)}, not {_shown(value)}.{_unquote(value)}"
+        ) from None
+
+
+@contextmanager
+def _blaming_option(place: Place, written: Mapping[str, object]) -> Iterator[None]:
+    """Put the line of the option that a message is about in front of it."""
+    try:
+        yield
+    except ConfigError as error:
+        words = re.findall(r"\w+", str(error))
+        named = min((name for name in written if name in words), key=words.index, default=None)
+        raise (place if named is None else place[named]).error(str(error)) from None
+
+
+@functools.cache
+def _hints(cls: "type[Method]") -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def _fields(cls: "type[Method]") -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(cls) if field.init]
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _default(field: dataclasses.Field[Any]) -> object:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _docs(cls: type) -> dict[str, str]:
+    """Option documentation from the ``Attributes:`` sections of a class and its bases."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        section = re.search(
+            r"^Attributes:\n(.*?)(?=^\S|\Z)", inspect.cleandoc(base.__doc__ or ""), re.M | re.S
+        )
+        if section:
+            entries = re.findall(
+                r"^ {4}(\w+)(?: \([^)]*\))?:(.*(?:\n(?: {5,}.*|\s*))*)", section[1], re.M
+            )
+            docs |= {name: " ".join(text.split()) for name, text in entries}
+    return docs
+
+
+def _in_words(hint: Any) -> str:
+    """What may be written for a type, in words."""
+    from vlm_steer.engine.selectors import Selector
+
+    if hint == Selector:
+        return "all, [start, stop], {indices: [..]}, {last: n} or {union: [..]}"
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _in_words(arguments[0])
+    if origin is Literal:
+        return _either([str(argument) for argument in arguments])
+    if origin in (typing.Union, types.UnionType):
+        parts = [argument for argument in arguments if not (argument is int and float in arguments)]
+        return _either([_in_words(argument) for argument in parts])
+    if origin is tuple and Ellipsis not in arguments:
+        return f"[{', '.join(_in_words(argument) for argument in arguments)}]"
+    if origin in (tuple, list) or (isinstance(origin, type) and issubclass(origin, Sequence)):
+        return f"a list (each {_in_words(arguments[0])})" if arguments else "a list"
+    if dataclasses.is_dataclass(hint):
+        return f"a mapping with {', '.join(f.name for f in dataclasses.fields(hint))}"
+    if isinstance(origin or hint, type) and issubclass(origin or hint, Mapping):
+        return "a mapping"
+    words = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        type(None): "null",
+    }
+    return words.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _either(parts: list[str]) -> str:
+    parts = list(dict.fromkeys(parts))
+    return " or ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, default=str)
+    return f"the text {text}" if isinstance(value, str) else text
+
+
+def _unquote(value: object) -> str:
+    """A hint for a number or a truth value that was written as text."""
+    if not isinstance(value, str):
+        return ""
+    try:
+        inner, _ = parse_yaml(value, "")
+    except ConfigError:
+        return ""
+    return " Remove the quotes." if isinstance(inner, bool | int | float) else ""
