@@ -38,9 +38,20 @@ from vlm_steer.errors import ConfigError
 if TYPE_CHECKING:
     from vlm_steer.engine.model import ModelInfo
 
-__all__ = ["At", "Branch", "Columns", "LogitsAt", "Method", "Reference", "Rows", "Scope", "Selector"]
+__all__ = [
+    "At",
+    "Branch",
+    "Columns",
+    "LogitsAt",
+    "Method",
+    "Reference",
+    "Rows",
+    "Scope",
+    "Selector",
+]
 
 Scope: TypeAlias = Literal["positive", "negative", "all"]
+Attends: TypeAlias = Literal["self", "image", "both"]
 Rows: TypeAlias = Literal["last", "after_image", "text", "image", "all"]
 
 
@@ -51,12 +62,14 @@ class Branch:
     Attributes:
         name: Key under which ``LogitsAt.branches`` holds its logits.
         drop_image: Remove the image tokens and everything that belongs to them.
-        pixels: Maps the pixel tensor of the user's images to the branch's; ``None`` keeps it.
+        pixels: ``pixels(tensor, sizes)`` maps the pixels of the user's images to the branch's;
+            ``None`` keeps them. Dimension 0 of the tensor runs over images, or over the patches
+            of all images, of which the i-th image has ``sizes[i]``.
     """
 
     name: str
     drop_image: bool = False
-    pixels: Callable[[Tensor], Tensor] | None = None
+    pixels: Callable[[Tensor, tuple[int, ...] | None], Tensor] | None = None
 
 
 class Columns:
@@ -95,6 +108,11 @@ class Columns:
     def is_generated(self) -> Tensor:
         """Tokens that this generation produced."""
         return self.kinds == self.GENERATED
+
+    def is_prompt_end(self, n: int) -> Tensor:
+        """The last ``n`` prompt tokens of every row."""
+        is_prompt = ~(self.is_padding | self.is_generated)
+        return is_prompt & (is_prompt.flip(1).cumsum(1).flip(1) <= n)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,14 +192,22 @@ class Method:
         layers: Decoder layers to act on, see ``vlm_steer.engine.selectors``.
         scope: Streams to act on when branches run beside the user's: the user's own
             (``positive``), the branches (``negative``) or ``all``.
+
+    Class attributes:
+        rows: Query rows that ``scores``, ``weights`` and ``heads`` may change. ``last`` are the
+            rows that predict a generated token.
+        attends: Attention layers to act in: self-attention, those whose keys hold the image
+            (cross-attention where a model has it, else self-attention), or both.
+        needs_image_tokens: The method needs image tokens in the decoder's own sequence.
+        observer: The method only reads, so it is never reported as having had no effect.
     """
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     rows: ClassVar[Rows] = "last"
     observer: ClassVar[bool] = False
-    acts_on_image_columns: ClassVar[bool] = False
-    requires_image_rows: ClassVar[bool] = False
+    attends: ClassVar[Attends] = "self"
+    needs_image_tokens: ClassVar[bool] = False
 
     layers: Selector = "all"
     scope: Scope = "positive"
@@ -206,7 +232,11 @@ class Method:
         return None
 
     def notes(self, plan: Any) -> tuple[str, ...]:
-        """Sentences about this model for ``status()``, such as "no sink dimensions found"."""
+        """What was resolved for this model, for ``status()``."""
+        return ()
+
+    def warnings(self, plan: Any) -> tuple[str, ...]:
+        """What a user of this model should know before running, such as "no sinks found"."""
         return ()
 
     def branches(self) -> tuple[Branch, ...]:
@@ -277,5 +307,3 @@ class Method:
                 f"{self.name} has no option {', '.join(unknown)}. It has {', '.join(sorted(known))}."
             )
         return dataclasses.replace(self, **changes)
-
-

@@ -25,9 +25,7 @@ from vlm_steer.errors import ConfigError
 
 __all__ = ["Selector", "check_selector", "select"]
 
-Selector: TypeAlias = (
-    Literal["all"] | tuple[int | float, int | float | None] | dict[str, Any]
-)
+Selector: TypeAlias = Literal["all"] | tuple[int | float, int | float | None] | dict[str, Any]
 
 
 def select(selector: Selector, size: int, what: str = "layers") -> tuple[int, ...]:
@@ -120,4 +118,6 @@ def _is_list(value: object) -> bool:
 
 
 def _show(selector: object) -> str:
-    return str(selector).replace("None", "null").replace("'", "").replace("(", "[").replace(")", "]")
+    return (
+        str(selector).replace("None", "null").replace("'", "").replace("(", "[").replace(")", "]")
+    )

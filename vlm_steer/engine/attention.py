@@ -1,0 +1,359 @@
+"""THE attention function: the model's own kernel, then only the rows that a method steers.
+
+``steered_attention`` stands behind a name registered with transformers' ``AttentionInterface``,
+so that every model that dispatches through that interface reaches it without being patched. It
+calls the implementation that the model used before, for all rows, and recomputes steered rows in
+blocks of at most ``_BLOCK`` rows: no tensor is ever ``[batch, heads, sequence, sequence]``.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from vlm_steer.engine.active import ACTIVE, Probe
+from vlm_steer.engine.call import Forward, Stream, Touch
+from vlm_steer.engine.hooks import At
+from vlm_steer.engine.plan import Bound, Work
+from vlm_steer.errors import UnsupportedModelError
+from vlm_steer.functional.fast import row_scores, weighted_values
+
+__all__ = ["base_name", "key_for", "steered_attention"]
+
+# transformers sniffs attention names for "flash", "sdpa" and "/", hence the aliases.
+_ALIASES = {"sdpa": "vlm_steer_fused", "eager": "vlm_steer_plain"}
+_BASES = {alias: base for base, alias in _ALIASES.items()}
+_BLOCK = 64
+_KNOWN_FLOAT_OPTIONS = frozenset({"s_aux"})
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def key_for(implementation: str) -> str:
+    """The registered name under which an implementation runs with steering.
+
+    Raises:
+        UnsupportedModelError: Steering on top of this implementation is not supported.
+    """
+    if implementation in _BASES:
+        return implementation
+    if implementation not in _ALIASES:
+        raise UnsupportedModelError(
+            f"the language model uses attn_implementation={implementation!r}, on which steering "
+            f"is not supported. Load it with attn_implementation='sdpa' or 'eager'."
+        )
+    key = _ALIASES[implementation]
+    if key not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        AttentionInterface.register(key, partial(steered_attention, implementation))
+        # Without its own mask entry a registered name gets no mask at all: causality would go.
+        AttentionMaskInterface.register(key, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+    return key
+
+
+def base_name(key: str) -> str:
+    """The implementation behind a name, registered by us or not."""
+    return _BASES.get(key, key)
+
+
+def steered_attention(
+    implementation: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention with whatever the running call asks for at this module.
+
+    Args:
+        implementation: The implementation the model used before it was attached to.
+        module: The attention module.
+        query: ``[batch, heads, rows, head_dim]``.
+        key: ``[batch, kv_heads, keys, head_dim]``, cache included.
+        value: ``[batch, kv_heads, keys, value_dim]``.
+        attention_mask: ``[batch, 1, rows, keys]`` bool or additive; ``None`` is plain causality.
+        **options: What the model passes to its attention function.
+
+    Returns:
+        ``[batch, rows, heads, value_dim]`` and the implementation's own second result.
+    """
+    base = partial(_base_function(implementation, module), module, **options)
+    forward = ACTIVE.get()
+    site = None if forward is None else forward.sites.get(module)
+    if forward is None or site is None:
+        return base(query, key, value, attention_mask)
+    if isinstance(forward, Probe):
+        outputs, extra = base(query, key, value, attention_mask)
+        forward.see(site, outputs)
+        return outputs, extra
+    work = forward.work(site)
+    if work is None:
+        return base(query, key, value, attention_mask)
+    if work.mask:
+        attention_mask = _edited_mask(forward, work, query, key, attention_mask)
+    extra = None
+    if _replaces_every_row(forward, work, query):
+        batch, heads, length, _ = query.shape
+        outputs = query.new_empty((batch, length, heads, value.shape[-1]))
+    else:
+        outputs, extra = base(query, key, value, attention_mask)
+    if work.needs_rows:
+        rows = _Rows(forward, work, module, query, key, value, attention_mask, options)
+        rows.steer(outputs)
+    if work.heads:
+        outputs = _edited_heads(forward, work, outputs)
+    return outputs, extra
+
+
+def _base_function(implementation: str, module: nn.Module) -> AttentionFunction:
+    if implementation != "eager":
+        function: AttentionFunction = ALL_ATTENTION_FUNCTIONS[implementation]
+        return function
+    for cls in type(module).__mro__:
+        eager = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
+        if eager is not None:
+            return eager  # type: ignore[no-any-return]
+    raise UnsupportedModelError(
+        f"{type(module).__name__} has no eager attention function beside it. Load the model with "
+        "attn_implementation='sdpa'."
+    )
+
+
+def _replaces_every_row(forward: Forward, work: Work, query: Tensor) -> bool:
+    """Whether the rows steered are all there is, so that the kernel's own pass can be skipped."""
+    writers = work.scores + work.weights
+    return (
+        forward.is_decoding
+        and query.shape[2] <= _BLOCK
+        and any(b.method.rows != "image" for b in writers)
+        and forward.acts(writers)
+    )
+
+
+class _Rows:
+    """Recomputes the rows of one attention call that methods steer or look at."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        work: Work,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        options: dict[str, Any],
+    ):
+        _refuse_unknown(options, module)
+        self.forward, self.work = forward, work
+        self.query, self.key, self.value = query, key, value
+        self.attention_mask, self.options = attention_mask, options
+        scaling = options.get("scaling")
+        self.scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        self.layer, self.axis = work.site.layer, work.site.axis
+        self.n_keys = key.shape[2]
+
+    def steer(self, outputs: Tensor) -> None:
+        """Write the steered rows into ``outputs`` ``[batch, rows, heads, value_dim]``."""
+        length = self.query.shape[2]
+        writers = self.work.scores + self.work.weights
+        replaces = _replaces_every_row(self.forward, self.work, self.query)
+        first = self.forward.first_row(writers) if writers else length
+        for start in range(first, length, _BLOCK):
+            rows = (start, min(start + _BLOCK, length))
+            weights = self._weights(*rows)
+            new = weighted_values(weights.to(self.value.dtype), self.value).transpose(1, 2)
+            if replaces:
+                outputs[:, slice(*rows)] = new
+            else:
+                is_changed = self._is_changed(writers, rows)[:, :, None, None]
+                old = outputs[:, slice(*rows)]
+                outputs[:, slice(*rows)] = torch.where(is_changed, new, old)
+            if rows[1] == length:
+                self._observe(weights[:, :, -1])
+        if first == length and self.work.observe:
+            self._observe(self._weights(length - 1, length)[:, :, -1])
+
+    def _weights(self, start: int, stop: int) -> Tensor:
+        """``[batch, heads, rows, key]`` float32 attention weights after every hook."""
+        rows = (start, stop)
+        scores = row_scores(self.query[:, :, start:stop], self.key, scale=self.scale)
+        if (cap := self.options.get("softcap")) is not None:
+            scores = torch.tanh(scores / cap) * cap
+        closed = self._closed(start, stop)
+        measured = self.forward.call.is_measured
+        for bound, stream in self.forward.acting(self.work.scores):
+            old = scores[stream.batch]
+            new = self._keep_other_rows(
+                bound, stream, rows, old, bound.method.scores(old, self._at(bound, stream, rows))
+            )
+            if measured:
+                before, after = (self._softmax(s, closed, stream.batch) for s in (old, new))
+                self.forward.touch(bound, self.layer, Touch.of_weights(before, after))
+            scores = _put(scores, stream.batch, new)
+        weights = self._softmax(scores, closed, slice(None))
+        for bound, stream in self.forward.acting(self.work.weights):
+            old = weights[stream.batch]
+            new = self._keep_other_rows(
+                bound, stream, rows, old, bound.method.weights(old, self._at(bound, stream, rows))
+            )
+            if measured:
+                self.forward.touch(bound, self.layer, Touch.of_weights(old, new))
+            weights = _put(weights, stream.batch, new)
+        return weights
+
+    def _closed(self, start: int, stop: int) -> Tensor | None:
+        """What stops rows from seeing columns: bool (``True`` is closed), additive, or nothing."""
+        mask = self.attention_mask
+        if mask is not None:
+            mask = mask[:, :, start:stop, : self.n_keys]
+            return ~mask if mask.dtype == torch.bool else mask.float()
+        if self.query.shape[2] == 1 or self.axis == "cross":
+            return None
+        offset = self.n_keys - self.query.shape[2]
+        row = torch.arange(start, stop, device=self.query.device)[:, None] + offset
+        return torch.arange(self.n_keys, device=self.query.device)[None, :] > row
+
+    def _softmax(self, scores: Tensor, closed: Tensor | None, batch: slice) -> Tensor:
+        if closed is not None:
+            if closed.ndim == 4 and closed.shape[0] > 1:
+                closed = closed[batch]
+            if closed.dtype == torch.bool:
+                scores = scores.masked_fill(closed, torch.finfo(scores.dtype).min)
+            else:
+                scores = scores + closed
+        sinks = self.options.get("s_aux")
+        if sinks is None:
+            return scores.softmax(dim=-1)
+        extra = sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        return torch.cat([scores, extra], dim=-1).softmax(dim=-1)[..., :-1]
+
+    def _at(self, bound: Bound, stream: Stream, rows: tuple[int, int]) -> At:
+        columns = self.forward.columns(stream, self.n_keys, self.axis)
+        return self.forward.at(bound, stream, self.layer, rows, columns)
+
+    def _keep_other_rows(
+        self, bound: Bound, stream: Stream, rows: tuple[int, int], old: Tensor, new: Tensor
+    ) -> Tensor:
+        if self.forward.every_row_changes(bound.method.rows):
+            return new
+        is_row = self.forward.is_row(stream, bound.method.rows, *rows)
+        return torch.where(is_row[:, None, :, None], new, old)
+
+    def _is_changed(self, writers: tuple[Bound, ...], rows: tuple[int, int]) -> Tensor:
+        """``[batch, rows]``: rows that any method may change."""
+        is_changed = torch.zeros(
+            (self.query.shape[0], rows[1] - rows[0]), dtype=torch.bool, device=self.query.device
+        )
+        for bound, stream in self.forward.acting(writers):
+            is_changed[stream.batch] |= self.forward.is_row(stream, bound.method.rows, *rows)
+        return is_changed
+
+    def _observe(self, weights: Tensor) -> None:
+        """Hand the weights ``[batch, heads, key]`` of the predicting row to the observers."""
+        length = self.query.shape[2]
+        for bound, stream in self.forward.acting(self.work.observe):
+            at = self._at(bound, stream, (length - 1, length))
+            seen = bound.method.observe(weights[stream.batch], at)
+            self.forward.observed.setdefault(bound.method.name, {})[self.layer] = seen
+
+
+def _put(tensor: Tensor, batch: slice, part: Tensor) -> Tensor:
+    """Replace a slice of the batch; the common case of the whole batch copies nothing."""
+    if part.shape[0] == tensor.shape[0]:
+        return part
+    tensor = tensor.clone()
+    tensor[batch] = part
+    return tensor
+
+
+def _edited_heads(forward: Forward, work: Work, outputs: Tensor) -> Tensor:
+    """Apply the ``heads`` hooks to ``[batch, rows, heads, head_dim]``."""
+    length = outputs.shape[1]
+    for bound, stream in forward.acting(work.heads):
+        start = forward.first_row([bound])
+        if start == length:
+            continue
+        at = forward.at(bound, stream, work.site.layer, (start, length), forward.no_columns)
+        old = outputs[stream.batch, start:]
+        new = bound.method.heads(old, at).to(outputs.dtype)
+        if not forward.every_row_changes(bound.method.rows):
+            new = torch.where(at.is_row[:, :, None, None], new, old)
+        if forward.call.is_measured:
+            forward.touch(bound, work.site.layer, Touch.of_heads(old, new))
+        if new.shape == outputs.shape:
+            outputs = new
+        else:
+            outputs = outputs.clone()
+            outputs[stream.batch, start:] = new
+    return outputs
+
+
+def _edited_mask(
+    forward: Forward, work: Work, query: Tensor, key: Tensor, attention_mask: Tensor | None
+) -> Tensor | None:
+    """Apply the ``mask`` hooks; layers that share a mask share the result."""
+    length, n_keys = query.shape[2], key.shape[2]
+    acting = [
+        (bound, stream)
+        for bound, stream in forward.acting(work.mask)
+        if forward.first_row([bound]) < length
+    ]
+    if not acting:
+        return attention_mask
+    name = (id(attention_mask), n_keys, tuple(bound.index for bound, _ in acting))
+    if name in forward.masks:
+        return forward.masks[name][1]
+    allowed = _allowed(query, key, attention_mask)
+    for bound, stream in acting:
+        columns = forward.columns(stream, n_keys, work.site.axis)
+        at = forward.at(bound, stream, work.site.layer, (0, length), columns)
+        old = allowed[stream.batch]
+        new = torch.where(at.is_row[:, :, None], bound.method.mask(old, at), old)
+        if forward.call.is_measured:
+            forward.touch(bound, work.site.layer, Touch.of_rows(old, new))
+        allowed = _put(allowed, stream.batch, new)
+    if attention_mask is None or attention_mask.dtype == torch.bool:
+        edited = allowed[:, None]
+    else:
+        closed = torch.finfo(attention_mask.dtype).min
+        open_before = attention_mask > closed / 2
+        opened = torch.where(open_before, attention_mask, torch.zeros_like(attention_mask))
+        edited = torch.where(allowed[:, None], opened, torch.full_like(opened, closed))
+    forward.masks[name] = (attention_mask, edited)  # holding the mask keeps its id its own
+    return edited
+
+
+def _allowed(query: Tensor, key: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """``[batch, rows, key]`` bool of an attention mask in any of its forms."""
+    batch, length, n_keys = query.shape[0], query.shape[2], key.shape[2]
+    if attention_mask is None:
+        row = torch.arange(n_keys - length, n_keys, device=query.device)[:, None]
+        allowed = torch.arange(n_keys, device=query.device)[None, :] <= row
+        return allowed.expand(batch, length, n_keys)
+    mask = attention_mask[:, 0, :, :n_keys]
+    if mask.dtype != torch.bool:
+        mask = mask > torch.finfo(mask.dtype).min / 2
+    return mask.expand(batch, length, n_keys)
+
+
+def _refuse_unknown(options: dict[str, Any], module: nn.Module) -> None:
+    """An option that would change the scores and that we would drop must not pass silently."""
+    for name, value in options.items():
+        if (
+            isinstance(value, Tensor)
+            and value.is_floating_point()
+            and name not in _KNOWN_FLOAT_OPTIONS
+        ):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} passes {name!r} to its attention, whose meaning the "
+                "engine does not know; steering attention rows would drop it. Use a method that "
+                "acts on heads, hidden states or logits."
+            )

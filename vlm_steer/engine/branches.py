@@ -1,0 +1,405 @@
+"""Extra streams beside the user's: built once, then fed the same new tokens.
+
+A branch starts from its own prompt (a noised image, no image, ...) and then receives every token
+that the user's stream receives. Two ways to run it give the same numbers:
+
+``paired``    its rows are appended to the batch, so that one forward serves all streams;
+``separate``  it has a cache of its own and runs a forward of its own after the user's.
+
+``paired`` is taken wherever the arguments of all streams can be joined.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from vlm_steer.engine.active import ACTIVE
+from vlm_steer.engine.call import Call, Forward, Stream
+from vlm_steer.engine.hooks import Branch, Columns
+from vlm_steer.engine.inputs import (
+    add_rows,
+    mask_of,
+    n_rows,
+    n_tokens,
+    patches_per_image,
+    pixel_name,
+    token_tensor,
+    without_image,
+)
+from vlm_steer.engine.layout import Layout
+from vlm_steer.engine.plan import Bound
+from vlm_steer.errors import UnsupportedModelError
+
+__all__ = ["Backend", "Branches", "Source", "intercept"]
+
+Backend: TypeAlias = Literal["auto", "paired", "separate"]
+
+
+class _Captured(BaseException):
+    """Carries the arguments of a forward out of a generate() that must not run it."""
+
+    def __init__(self, kwargs: dict[str, Any]):
+        super().__init__()
+        self.kwargs = kwargs
+
+
+_CAPTURING: ContextVar[bool] = ContextVar("vlm_steer_capturing", default=False)
+
+
+def intercept(kwargs: dict[str, Any]) -> None:
+    """Called before every forward of a model: ends a capturing generate()."""
+    if _CAPTURING.get():
+        raise _Captured(kwargs)
+
+
+@dataclass(eq=False)
+class Source:
+    """Where the arguments of a generation came from, to derive those of its branches.
+
+    Attributes:
+        model: The model.
+        generate: Its own ``generate``, without steering; ``None`` for a plain forward.
+        raw: What the user passed to ``generate``; ``None`` for a plain forward.
+    """
+
+    model: nn.Module
+    generate: Callable[..., Any] | None = None
+    raw: dict[str, Any] | None = None
+
+    def whole_prompt(self, kwargs: Mapping[str, Any], past: int) -> dict[str, Any]:
+        """Arguments of one forward over the whole prompt, with an empty cache of its own."""
+        if past > 0:
+            return self._capture({})
+        cache = kwargs.get("past_key_values")
+        fresh = DynamicCache(config=self._text_config()) if cache is None else copy.deepcopy(cache)
+        return {**kwargs, "past_key_values": fresh, "use_cache": True}
+
+    def with_pixels(
+        self,
+        kwargs: Mapping[str, Any],
+        change: Callable[[Tensor, tuple[int, ...] | None], Tensor],
+        past: int,
+    ) -> dict[str, Any]:
+        """The same for the user's prompt with other pixels."""
+        given = kwargs if self.raw is None else self.raw
+        name = pixel_name(given)
+        if name is None:
+            raise UnsupportedModelError(
+                "a contrast with a changed image needs the raw pixels, but they were not passed "
+                f"(given: {', '.join(sorted(k for k, v in given.items() if v is not None))}). "
+                "Pass pixel_values, for a continued conversation those of all its images."
+            )
+        changed = {name: change(given[name], patches_per_image(given, given[name]))}
+        if self.raw is None:
+            return {**self.whole_prompt(kwargs, past), **changed}
+        return self._capture(changed)
+
+    def _capture(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """What ``generate`` would hand to its first forward for changed inputs.
+
+        This runs the model's own preparation (image encoding, positions, caches), so that
+        branches need no knowledge of model families.
+        """
+        if self.generate is None or self.raw is None:
+            raise UnsupportedModelError(
+                "a method that needs the whole prompt met a forward that continues a cache it has "
+                "not seen from the start. Use generate(), or start the conversation under steering."
+            )
+        token = _CAPTURING.set(True)
+        try:
+            self.generate(**{**self.raw, **changes, "past_key_values": None, "use_cache": True})
+        except _Captured as captured:
+            prompt = captured.kwargs
+        else:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__}.generate() ran no forward that the engine knows."
+            )
+        finally:
+            _CAPTURING.reset(token)
+        if prompt.get("past_key_values") is None:
+            prompt["past_key_values"] = DynamicCache(config=self._text_config())
+        return prompt
+
+    def _text_config(self) -> Any:
+        return self.model.config.get_text_config(decoder=True)
+
+
+@contextmanager
+def kept_module_state(model: nn.Module) -> Iterator[None]:
+    """Restore the M-RoPE offset that Qwen-VL models keep on the module."""
+    holders = [module for module in model.modules() if "rope_deltas" in vars(module)]
+    saved = [holder.rope_deltas for holder in holders]
+    try:
+        yield
+    finally:
+        for holder, value in zip(holders, saved, strict=True):
+            holder.rope_deltas = value
+
+
+@dataclass(eq=False)
+class _Running:
+    """One running branch; its prompt is kept until its first forward."""
+
+    bound: Bound
+    branch: Branch
+    stream: Stream
+    prompt: dict[str, Any]
+    mask: Tensor
+    has_padding: bool
+    delta: Tensor | None
+
+    def follow(self, kwargs: Mapping[str, Any], new: int) -> dict[str, Any]:
+        """Arguments of this branch's forward over the last ``new`` tokens of the user's stream."""
+        tokens = kwargs["input_ids"][:, -new:]
+        self.mask = torch.cat([self.mask, self.mask.new_ones((self.mask.shape[0], new))], dim=1)
+        step = {
+            name: value
+            for name, value in kwargs.items()
+            if name not in ("inputs_embeds", "cache_position", "logits_to_keep")
+            and not (self.branch.drop_image and "cross_attention" in name)
+        }
+        step |= {
+            "input_ids": tokens,
+            "past_key_values": self.prompt["past_key_values"],
+            "attention_mask": self._mask_like(kwargs),
+            "use_cache": True,
+        }
+        if (positions := self.positions(kwargs, new)) is not None:
+            step["position_ids"] = positions
+        return step
+
+    def _mask_like(self, kwargs: Mapping[str, Any]) -> Tensor | None:
+        if kwargs.get("attention_mask") is None and not self.has_padding:
+            return None
+        return self.mask
+
+    def positions(self, kwargs: Mapping[str, Any], new: int) -> Tensor | None:
+        """Position ids of the last ``new`` tokens in this branch."""
+        positions = kwargs.get("position_ids")
+        if positions is None or self.delta is None:
+            return None
+        return positions[..., -new:] + self.delta  # type: ignore[no-any-return]
+
+    def reorder(self, beams: Tensor) -> None:
+        """Follow a beam search that moves rows."""
+        self.mask = self.mask.index_select(0, beams.to(self.mask.device))
+        if self.delta is not None and self.delta.shape[-2] > 1:
+            self.delta = self.delta.index_select(-2, beams.to(self.delta.device))
+
+
+class Branches:
+    """All branches of one generation."""
+
+    def __init__(
+        self,
+        call: Call,
+        source: Source,
+        kwargs: Mapping[str, Any],
+        past: int,
+        backend: Backend = "auto",
+    ):
+        self.call = call
+        self.source = source
+        self.backend = backend
+        self.is_paired = False
+        self._rows = n_rows(kwargs)
+        self._length = n_tokens(kwargs)
+        self._n_seen = past
+        with kept_module_state(source.model):
+            self._running = [
+                self._build(bound, branch, kwargs, past)
+                for bound in call.plan.bounds
+                for branch in bound.branches
+            ]
+
+    # -- starting ---------------------------------------------------------------------------
+    def _build(
+        self, bound: Bound, branch: Branch, kwargs: Mapping[str, Any], past: int
+    ) -> _Running:
+        kinds = self.call.positive.layout.prompt
+        if branch.drop_image:
+            is_kept = (kinds != Columns.PADDING) & (kinds != Columns.IMAGE)
+            prompt = without_image(self.source.whole_prompt(kwargs, past), is_kept)
+            order = torch.argsort(is_kept.int(), dim=1, stable=True)[:, -n_tokens(prompt) :]
+            kinds = kinds.gather(1, order) * prompt["attention_mask"].to(kinds.dtype)
+        elif branch.pixels is not None:
+            prompt = self.source.with_pixels(kwargs, branch.pixels, past)
+        else:
+            prompt = self.source.whole_prompt(kwargs, past)
+        mask = mask_of(prompt)
+        if mask is None:
+            tokens = token_tensor(prompt)
+            mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+        return _Running(
+            bound=bound,
+            branch=branch,
+            stream=Stream(bound.branch_key(branch), Layout.from_kinds(kinds)),
+            prompt=prompt,
+            mask=mask,
+            has_padding=not bool(mask.all()),
+            delta=_position_delta(kwargs, prompt),
+        )
+
+    def streams(self) -> tuple[Stream, ...]:
+        """The streams of the branches."""
+        return tuple(running.stream for running in self._running)
+
+    # -- one forward ------------------------------------------------------------------------
+    def before(self, kwargs: dict[str, Any], past: int) -> dict[str, Any]:
+        """Arguments for the user's forward: joined with the branches' when they are paired."""
+        self._is_first = self.call.step == 0
+        if self._is_first:
+            joined = self._try_to_pair(kwargs, past)
+            self.is_paired = joined is not None
+            return kwargs if joined is None else joined
+        if not self.is_paired:
+            return kwargs
+        new = n_tokens(kwargs)
+        parts = [kwargs, *(running.follow(kwargs, new) for running in self._running)]
+        return self._join_step(parts)
+
+    def _try_to_pair(self, kwargs: dict[str, Any], past: int) -> dict[str, Any] | None:
+        can_pair = (
+            self.backend != "separate" and past == 0 and kwargs.get("past_key_values") is not None
+        )
+        joined = None
+        if can_pair:
+            prompts = [running.prompt for running in self._running]
+            joined = add_rows([kwargs, *prompts])
+        if joined is None:
+            if self.backend == "paired":
+                raise UnsupportedModelError(
+                    "backend 'paired' was asked for, but this model's inputs cannot be joined "
+                    "into one batch. Use backend 'auto' or 'separate'."
+                )
+            return None
+        joined["past_key_values"] = kwargs["past_key_values"]
+        length = n_tokens(kwargs)
+        for index, running in enumerate(self._running, start=1):
+            missing = length - n_tokens(running.prompt)
+            running.has_padding |= missing > 0
+            running.mask = torch.nn.functional.pad(running.mask, (missing, 0))
+            kinds = torch.nn.functional.pad(running.stream.layout.prompt, (missing, 0))
+            running.stream.layout = Layout.from_kinds(kinds)
+            running.stream.batch = slice(index * self._rows, (index + 1) * self._rows)
+        self.call.positive.batch = slice(0, self._rows)
+        return joined
+
+    def _join_step(self, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        joined = dict(parts[0])
+        joined["input_ids"] = torch.cat([part["input_ids"] for part in parts])
+        if parts[0].get("position_ids") is not None:
+            rows = self._rows
+            positions = [part["position_ids"] for part in parts]
+            positions = [p.expand(*p.shape[:-2], rows, p.shape[-1]) for p in positions]
+            joined["position_ids"] = torch.cat(positions, dim=-2)
+        masks = [part.get("attention_mask") for part in parts]
+        if any(mask is not None for mask in masks):
+            full = next(mask for mask in masks if mask is not None)
+            masks = [torch.ones_like(full) if mask is None else mask for mask in masks]
+            joined["attention_mask"] = torch.cat(masks)
+        for name, value in parts[0].items():
+            if name not in ("input_ids", "position_ids", "attention_mask") and _has_rows(
+                value, self._rows
+            ):
+                joined[name] = torch.cat([part[name] for part in parts])
+        return joined
+
+    def after(
+        self, owner: nn.Module, kwargs: Mapping[str, Any], logits: Tensor, past: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits of the user's stream and of each branch, ``[batch, vocabulary]`` each.
+
+        Args:
+            owner: The module that was run.
+            kwargs: The arguments of the user's stream alone.
+            logits: What the forward returned, ``[all rows, positions, vocabulary]``.
+            past: Positions that were in the user's cache.
+        """
+        if self.is_paired:
+            mine = logits[: self._rows]
+            others = {
+                running.stream.name: logits[running.stream.batch, -1] for running in self._running
+            }
+            return mine, others
+        with kept_module_state(self.source.model):
+            return logits, {
+                running.stream.name: self._run(owner, running, kwargs, past)
+                for running in self._running
+            }
+
+    def _run(
+        self, owner: nn.Module, running: _Running, kwargs: Mapping[str, Any], past: int
+    ) -> Tensor:
+        if self._is_first:
+            if past == 0 and kwargs.get("past_key_values") is None:
+                running.prompt["template"] = copy.deepcopy(running.prompt["past_key_values"])
+            return self._forward(owner, running, self._first_arguments(running), 0)
+        new = n_tokens(kwargs)
+        if past > 0:
+            length = running.mask.shape[1]
+            return self._forward(owner, running, running.follow(kwargs, new), length)
+        # Without a cache the user's forward starts over, and so does the branch: rows may have
+        # been moved between steps by a beam search that had no cache to reorder.
+        return self._start_over(owner, running, kwargs, new)
+
+    def _first_arguments(self, running: _Running) -> dict[str, Any]:
+        arguments = {name: value for name, value in running.prompt.items() if name != "template"}
+        return {**arguments, "use_cache": True}
+
+    def _start_over(
+        self, owner: nn.Module, running: _Running, kwargs: Mapping[str, Any], length: int
+    ) -> Tensor:
+        prompt_length = running.stream.layout.prompt_length
+        running.prompt["past_key_values"] = copy.deepcopy(running.prompt["template"])
+        running.mask = running.mask[:, :prompt_length]
+        self._forward(owner, running, self._first_arguments(running), 0)
+        new = length - self._length
+        return self._forward(owner, running, running.follow(kwargs, new), prompt_length)
+
+    def _forward(
+        self, owner: nn.Module, running: _Running, arguments: dict[str, Any], past: int
+    ) -> Tensor:
+        forward = Forward(self.call, (running.stream,), past, n_tokens(arguments))
+        token = ACTIVE.set(forward)
+        try:
+            output = owner(**arguments)
+        finally:
+            ACTIVE.reset(token)
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    # -- following the user's cache -----------------------------------------------------------
+    def reorder(self, beams: Tensor) -> Tensor:
+        """Follow a beam search; returns the row order for the cache that was reordered."""
+        for running in self._running:
+            running.reorder(beams)
+            if not self.is_paired:
+                running.prompt["past_key_values"].reorder_cache(beams)
+        if not self.is_paired:
+            return beams
+        return torch.cat([beams + self._rows * i for i in range(len(self._running) + 1)])
+
+    def release(self, cache: Any) -> None:
+        """Leave only the user's rows in the user's cache."""
+        if self.is_paired and cache is not None:
+            cache.batch_select_indices(torch.arange(self._rows))
+
+
+def _has_rows(value: Any, rows: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim >= 2 and value.shape[0] == rows
+
+
+def _position_delta(kwargs: Mapping[str, Any], prompt: Mapping[str, Any]) -> Tensor | None:
+    """What to add to the user's positions to get the branch's, ``[..., batch, 1]``."""
+    mine, theirs = kwargs.get("position_ids"), prompt.get("position_ids")
+    if mine is None or theirs is None:
+        return None
+    return theirs[..., -1:] - mine[..., -1:]  # type: ignore[no-any-return]

@@ -1,0 +1,289 @@
+"""State of one generation, and of one forward inside it.
+
+A ``Call`` belongs to exactly one generation and is dropped with it; nothing is kept on modules
+or classes. ``vlm_steer.engine.active.ACTIVE`` says which forward is running.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm_steer.engine.active import AttentionSite
+from vlm_steer.engine.hooks import At, Columns, Rows
+from vlm_steer.engine.layout import Layout
+from vlm_steer.engine.plan import Bound, Plan, Work
+
+__all__ = ["Call", "Forward", "Stream", "Touch"]
+
+_MEASURED_STEPS = 2
+
+
+@dataclass(eq=False)
+class Stream:
+    """One stream of a generation: the user's own (``positive``) or a branch."""
+
+    name: str
+    layout: Layout
+    batch: slice = field(default_factory=lambda: slice(None))
+    marks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    memo: dict[tuple[int, int, str], Tensor] = field(default_factory=dict)
+    prepared: dict[int, Any] = field(default_factory=dict)
+
+    @property
+    def is_positive(self) -> bool:
+        """Whether this is the user's own stream."""
+        return self.name == "positive"
+
+    def in_scope(self, bound: Bound) -> bool:
+        """Whether a method acts on this stream."""
+        scope = bound.method.scope
+        return scope == "all" or (scope == "positive") == self.is_positive
+
+
+@dataclass(eq=False)
+class Call:
+    """One generation under one plan.
+
+    Attributes:
+        plan: What acts where.
+        positive: The user's own stream.
+        step: Forwards done so far.
+        records: Per observer, one tensor per step, ``[batch, layers, ...]``.
+        touches: Per method and layer, what was changed, see ``Touch``.
+        moved: Per method, probability mass moved between next tokens by its logits hooks.
+    """
+
+    plan: Plan
+    positive: Stream
+    step: int = 0
+    records: dict[str, list[Tensor]] = field(default_factory=dict)
+    touches: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    moved: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether effects are being measured: the prompt and the first decoding step are."""
+        return self.step < _MEASURED_STEPS
+
+
+class Touch:
+    """What one method changed at one layer: ``[rows, heads, mass]`` sums over a forward."""
+
+    @staticmethod
+    def of_weights(before: Tensor, after: Tensor) -> Tensor:
+        """From attention weights ``[batch, heads, rows, key]``."""
+        mass = (after - before).abs().sum(dim=-1) / 2
+        moved = mass > 1e-7
+        return torch.stack(
+            [moved.any(dim=1).sum(), moved.any(dim=2).sum(dim=1).float().mean(), mass.sum()]
+        ).float()
+
+    @staticmethod
+    def of_heads(before: Tensor, after: Tensor) -> Tensor:
+        """From head outputs ``[batch, rows, heads, head_dim]``; they move no attention mass."""
+        moved = (after != before).any(dim=-1)
+        return torch.stack(
+            [
+                moved.any(dim=2).sum(),
+                moved.any(dim=1).sum(dim=1).float().mean(),
+                moved.new_zeros(()),
+            ]
+        ).float()
+
+    @staticmethod
+    def of_rows(before: Tensor, after: Tensor) -> Tensor:
+        """From hidden states or boolean masks ``[batch, rows, ...]``."""
+        rows = (after != before).any(dim=-1).sum()
+        zero = rows.new_zeros(())
+        return torch.stack([rows, zero, zero]).float()
+
+
+@dataclass(eq=False)
+class Forward:
+    """One forward pass of the decoder under a call.
+
+    Attributes:
+        call: The generation it belongs to.
+        streams: Streams in this pass, each with its rows of the batch.
+        past: Positions already in the cache.
+        length: Query rows of this pass.
+    """
+
+    call: Call
+    streams: tuple[Stream, ...]
+    past: int
+    length: int
+    observed: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    _columns: dict[tuple[str, int, str], Columns] = field(default_factory=dict)
+    _is_row: dict[tuple[str, Rows, int, int], Tensor] = field(default_factory=dict)
+    masks: dict[tuple[int, int, tuple[int, ...]], tuple[Tensor | None, Tensor]] = field(
+        default_factory=dict
+    )
+
+    @property
+    def total(self) -> int:
+        """Positions seen once this pass is done."""
+        return self.past + self.length
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether every query row is a generated token."""
+        return self.past >= self.streams[0].layout.prompt_length
+
+    @property
+    def sites(self) -> dict[nn.Module, AttentionSite]:
+        """Attention modules of the model."""
+        return self.call.plan.model.sites
+
+    def work(self, site: AttentionSite) -> Work | None:
+        """What to do at an attention site."""
+        return self.call.plan.work.get(site)
+
+    def acting(self, bounds: Iterable[Bound]) -> list[tuple[Bound, Stream]]:
+        """Methods with the streams of this pass that they act on."""
+        return [(b, stream) for b in bounds for stream in self.streams if stream.in_scope(b)]
+
+    def acts(self, bounds: Iterable[Bound]) -> bool:
+        """Whether any of the methods acts on any stream of this pass."""
+        return any(True for _ in self.acting(bounds))
+
+    def first_row(self, bounds: Iterable[Bound]) -> int:
+        """First query row that any of the methods may touch; ``length`` when none may."""
+        starts = [self._start(bound.method.rows, stream) for bound, stream in self.acting(bounds)]
+        return min(starts, default=self.length)
+
+    def _start(self, rows: Rows, stream: Stream) -> int:
+        layout = stream.layout
+        if rows == "last":
+            first = layout.prompt_length - 1
+        elif rows == "after_image":
+            first = layout.first_after_image
+        elif rows == "image" and (self.is_decoding or not layout.has_image):
+            return self.length
+        else:
+            first = 0
+        return min(max(first - self.past, 0), self.length)
+
+    def columns(self, stream: Stream, n_keys: int, axis: str) -> Columns:
+        """Key columns of a layer for one stream."""
+        key = (stream.name, n_keys, axis)
+        if key not in self._columns:
+            if axis == "cross":
+                rows = stream.layout.kinds.shape[0]
+                kinds = stream.layout.kinds.new_full((rows, n_keys), Columns.IMAGE)
+            else:
+                kinds = stream.layout.keys(n_keys, self.total)
+            self._columns[key] = Columns(kinds)
+        return self._columns[key]
+
+    def is_row(self, stream: Stream, policy: Rows, start: int, stop: int) -> Tensor:
+        """``[batch, rows]``: which of the rows ``start:stop`` a row policy allows to change."""
+        key = (stream.name, policy, start, stop)
+        if key not in self._is_row:
+            self._is_row[key] = self._rows_allowed(stream, policy, start, stop)
+        return self._is_row[key]
+
+    def _rows_allowed(self, stream: Stream, policy: Rows, start: int, stop: int) -> Tensor:
+        kinds = self.row_kinds(stream, start, stop)
+        if policy == "all":
+            return kinds != Columns.PADDING
+        if policy == "image":
+            return kinds == Columns.IMAGE
+        if policy == "text":
+            return (kinds != Columns.PADDING) & (kinds != Columns.IMAGE)
+        if policy == "after_image":
+            return kinds >= Columns.INSTRUCTION
+        position = torch.arange(self.past + start, self.past + stop, device=kinds.device)
+        return (position >= stream.layout.prompt_length - 1).expand(kinds.shape)
+
+    def row_kinds(self, stream: Stream, start: int, stop: int) -> Tensor:
+        """``[batch, rows]`` kinds of the query rows ``start:stop``."""
+        return stream.layout.upto(self.total)[:, self.past + start : self.past + stop]
+
+    def every_row_changes(self, policy: Rows) -> bool:
+        """Whether all rows of this pass are known to be open to change without looking."""
+        return self.is_decoding and policy != "image"
+
+    def at(
+        self, bound: Bound, stream: Stream, layer: int, rows: tuple[int, int], columns: Columns
+    ) -> At:
+        """The view for one hook call."""
+
+        def once(name: str, make: Callable[[], Tensor]) -> Tensor:
+            key = (bound.index, layer, name)
+            if key not in stream.memo:
+                stream.memo[key] = make()
+            return stream.memo[key]
+
+        marks = stream.marks.get((bound.index, layer))
+        if marks is not None:
+            marks = _fit(marks, columns.kinds.shape[1], self.total)
+        return At(
+            layer=layer,
+            n_layers=self.call.plan.model.n_layers,
+            step=self.call.step,
+            columns=columns,
+            is_row=self.is_row(stream, bound.method.rows, *rows),
+            row_kinds=self.row_kinds(stream, *rows),
+            marks=marks,
+            plan=bound.constants,
+            prepared=stream.prepared.get(bound.index),
+            once=once,
+        )
+
+    def touch(self, bound: Bound, layer: int, amount: Tensor) -> None:
+        """Add to the account of what a method changed."""
+        touches = self.call.touches
+        key = (bound.index, layer)
+        touches[key] = touches[key] + amount if key in touches else amount
+
+    def mark(self, layer: int, hidden: Tensor) -> None:
+        """Let methods mark positions from a layer's input ``[batch, rows, hidden]``."""
+        if self.is_decoding:
+            return
+        for bound, stream in self.acting(self.call.plan.marks[layer]):
+            at = self.at(bound, stream, layer, (0, self.length), self.no_columns)
+            is_prompt = self.row_kinds(stream, 0, self.length)
+            is_prompt = (is_prompt != Columns.PADDING) & (is_prompt != Columns.GENERATED)
+            new = bound.method.marks(hidden[stream.batch], at) & is_prompt
+            old = stream.marks.get((bound.index, layer), new[:, :0])
+            if old.shape[1] < self.past:
+                old = torch.nn.functional.pad(old, (0, self.past - old.shape[1]))
+            stream.marks[bound.index, layer] = torch.cat([old[:, : self.past], new], dim=1)
+
+    def edit(self, hook: str, layer: int, bounds: Iterable[Bound], tensor: Tensor) -> Tensor:
+        """Apply ``hidden`` or ``mlp`` hooks to ``[batch, rows, hidden]``."""
+        for bound, stream in self.acting(bounds):
+            start = self.first_row([bound])
+            if start == self.length:
+                continue
+            at = self.at(bound, stream, layer, (start, self.length), self.no_columns)
+            old = tensor[stream.batch, start:]
+            new = getattr(bound.method, hook)(old, at).to(tensor.dtype)
+            if not self.every_row_changes(bound.method.rows):
+                new = torch.where(at.is_row[:, :, None], new, old)
+            if self.call.is_measured:
+                self.touch(bound, layer, Touch.of_rows(old, new))
+            if new.shape == tensor.shape:
+                tensor = new
+            else:
+                tensor = tensor.clone()
+                tensor[stream.batch, start:] = new
+        return tensor
+
+    @cached_property
+    def no_columns(self) -> Columns:
+        """Columns for hooks that do not look at keys."""
+        return Columns(self.streams[0].layout.kinds[:, :0])
+
+
+def _fit(marks: Tensor, n_keys: int, total: int) -> Tensor:
+    """Marks ``[batch, marked]`` on the key axis of a layer; later positions are unmarked."""
+    missing = max(total, n_keys) - marks.shape[1]
+    if missing > 0:
+        marks = torch.nn.functional.pad(marks, (0, missing))
+    return marks[:, total - n_keys : total] if n_keys <= total else marks[:, :n_keys]

@@ -1,0 +1,224 @@
+"""What the engine knows about a model, discovered from the model itself.
+
+Nothing here is a table of model families: the decoder, its attention modules, the layers around
+them and the image token ids are read off the loaded model.
+"""
+
+import inspect
+import weakref
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vlm_steer.engine.active import ACTIVE, AttentionSite, Probe
+from vlm_steer.errors import UnsupportedModelError
+
+_REMEMBERED: "weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Any]]" = (
+    weakref.WeakKeyDictionary()
+)
+T = TypeVar("T")
+
+__all__ = ["AttentionSite", "ModelInfo", "inspect_model", "unwrap"]
+
+_IMAGE_TOKEN_NAMES = (
+    "image_token_id",
+    "image_token_index",
+    "media_token_id",
+    "media_placeholder_token_id",
+    "video_token_id",
+    "video_token_index",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class ModelInfo:
+    """A model as the engine sees it.
+
+    Attributes:
+        model: The transformers model itself, adapters unwrapped.
+        decoder: Its text decoder.
+        owners: Modules whose forward returns next-token logits, outermost first.
+        sites: Attention modules of the decoder.
+        layers: Decoder layers by index.
+        mlps: The MLP of each decoder layer that has one.
+        configs: Configuration objects that name the decoder's attention implementation.
+        n_layers: Depth of the decoder.
+        image_token_ids: Token ids that stand for image (or video frame) features.
+    """
+
+    model: PreTrainedModel
+    decoder: nn.Module
+    owners: tuple[nn.Module, ...]
+    sites: dict[nn.Module, AttentionSite]
+    layers: dict[int, nn.Module]
+    mlps: dict[int, nn.Module]
+    configs: tuple[Any, ...]
+    n_layers: int
+    image_token_ids: tuple[int, ...]
+
+    @property
+    def family(self) -> str:
+        """The ``model_type`` of the configuration."""
+        return str(self.model.config.model_type)
+
+    @property
+    def has_cross_attention(self) -> bool:
+        """Whether image features are keys of cross-attention layers rather than tokens."""
+        return any(site.axis == "cross" for site in self.sites.values())
+
+    @property
+    def text_config(self) -> Any:
+        """Configuration of the text decoder."""
+        return self.model.config.get_text_config(decoder=True)
+
+    @property
+    def base_implementation(self) -> str:
+        """Name of the attention implementation in use."""
+        return str(self.configs[0]._attn_implementation)
+
+    def remember(self, key: Hashable, make: Callable[[], T]) -> T:
+        """``make()``, computed once per model and kept for as long as the model lives."""
+        known = _REMEMBERED.setdefault(self.model, {})
+        if key not in known:
+            known[key] = make()
+        value: T = known[key]
+        return value
+
+    def text_only_hidden_states(self, n_tokens: int) -> tuple[Tensor, ...]:
+        """Hidden states of a prompt without an image, every intervention off.
+
+        Args:
+            n_tokens: Length of the prompt: the start token, where the model has one, then fillers
+                spread over the vocabulary.
+
+        Returns:
+            One ``[1, n_tokens, hidden]`` per layer, the embeddings first.
+        """
+        config = self.text_config
+        start = config.bos_token_id if isinstance(config.bos_token_id, int) else 0
+        vocabulary = [i for i in range(1, config.vocab_size) if i not in self.image_token_ids]
+        fillers = vocabulary[:: max(len(vocabulary) // n_tokens, 1)][: n_tokens - 1]
+        device = self.model.get_input_embeddings().weight.device
+        ids = torch.tensor([[start, *fillers]], device=device)
+        token = ACTIVE.set(Probe(sites={}, layers=frozenset()))
+        try:
+            with torch.no_grad():
+                output = self.decoder(input_ids=ids, output_hidden_states=True, use_cache=False)
+        finally:
+            ACTIVE.reset(token)
+        states: tuple[Tensor, ...] = output.hidden_states
+        return states
+
+
+def unwrap(model: Any) -> PreTrainedModel:
+    """The transformers model inside an adapter wrapper such as PEFT's, or the model itself."""
+    get_base_model = getattr(model, "get_base_model", None)
+    if callable(get_base_model) and not isinstance(model, PreTrainedModel):
+        model = get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a transformers model. Pass the object that "
+            "AutoModelForImageTextToText.from_pretrained returns, or a PEFT model around it."
+        )
+    return model
+
+
+def inspect_model(model: Any) -> ModelInfo:
+    """Discover what the engine needs to know about a model.
+
+    Raises:
+        UnsupportedModelError: The model has no text decoder with dense attention that goes
+            through transformers' attention interface, or no image tokens.
+    """
+    base = unwrap(model)
+    if base.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{type(base).__name__} is an encoder-decoder: its decoder attends to the image "
+            "through an encoder. Use a decoder-only vision-language model."
+        )
+    decoder = base.get_decoder()
+    sites = {module: site for _, module, site in _attention_modules(decoder)}
+    if not sites:
+        raise UnsupportedModelError(
+            f"{type(base).__name__} has no attention in {type(decoder).__name__} that goes through "
+            "transformers' attention interface, so its attention cannot be steered."
+        )
+    layers, mlps = _decoder_layers(decoder)
+    configs = {id(module.config): module.config for module in sites}
+    configs.setdefault(id(decoder.config), decoder.config)
+    return ModelInfo(
+        model=base,
+        decoder=decoder,
+        owners=_owners(base),
+        sites=sites,
+        layers=layers,
+        mlps=mlps,
+        configs=tuple(configs.values()),
+        n_layers=max(site.layer for site in sites.values()) + 1,
+        image_token_ids=_image_token_ids(base),
+    )
+
+
+def _attention_modules(decoder: nn.Module) -> Iterator[tuple[str, nn.Module, AttentionSite]]:
+    for name, module in decoder.named_modules():
+        layer = getattr(module, "layer_idx", None)
+        if isinstance(layer, int) and _dispatches_attention(type(module)):
+            axis: Literal["self", "cross"] = "cross" if _is_cross(type(module)) else "self"
+            yield name, module, AttentionSite(layer, axis)
+
+
+@cache
+def _dispatches_attention(cls: type[nn.Module]) -> bool:
+    forward = inspect.unwrap(cls.forward)
+    code = getattr(forward, "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+@cache
+def _is_cross(cls: type[nn.Module]) -> bool:
+    return "cross_attention_states" in inspect.signature(cls.forward).parameters
+
+
+def _decoder_layers(decoder: nn.Module) -> tuple[dict[int, nn.Module], dict[int, nn.Module]]:
+    layers: dict[int, nn.Module] = {}
+    mlps: dict[int, nn.Module] = {}
+    for name, _, site in _attention_modules(decoder):
+        layer = decoder.get_submodule(name.rpartition(".")[0])
+        layers[site.layer] = layer
+        for child_name, child in layer.named_children():
+            if child_name in ("mlp", "feed_forward", "ffn", "block_sparse_moe"):
+                mlps[site.layer] = child
+    return layers, mlps
+
+
+def _owners(model: PreTrainedModel) -> tuple[nn.Module, ...]:
+    """Models whose generation loop may run: the model and language models nested in it."""
+    inner = [
+        module
+        for module in model.modules()
+        if module is not model
+        and isinstance(module, PreTrainedModel)
+        and module.can_generate()
+        and module.get_output_embeddings() is not None
+    ]
+    return (model, *inner)
+
+
+def _image_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    found = []
+    for name in _IMAGE_TOKEN_NAMES:
+        value = getattr(model.config, name, None)
+        if isinstance(value, int) and value >= 0:
+            found.append(value)
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} ({model.config.model_type}) names no image token in its "
+            f"configuration (looked for {', '.join(_IMAGE_TOKEN_NAMES)}), so image tokens cannot "
+            "be told from text. Is it a vision-language model?"
+        )
+    return tuple(dict.fromkeys(found))

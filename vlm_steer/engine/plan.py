@@ -1,0 +1,171 @@
+"""A list of methods resolved for one model: what acts where. Immutable."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vlm_steer.engine.active import AttentionSite
+from vlm_steer.engine.hooks import Branch, Method
+from vlm_steer.engine.model import ModelInfo
+from vlm_steer.errors import CompositionError, ConfigError, UnsupportedModelError
+
+__all__ = ["Bound", "Plan", "Work", "make_plan"]
+
+_ATTENTION_HOOKS = ("mask", "scores", "weights", "heads", "observe")
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Bound:
+    """One method of a plan with what was resolved for this model."""
+
+    index: int
+    method: Method
+    layers: frozenset[int]
+    constants: Any
+    branches: tuple[Branch, ...]
+
+    def branch_key(self, branch: Branch) -> str:
+        """Name of a branch, unique within the plan."""
+        return f"{self.index}:{branch.name}"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Work:
+    """What has to be done at one attention site, by hook, in the order of the list of methods."""
+
+    site: AttentionSite
+    mask: tuple[Bound, ...]
+    scores: tuple[Bound, ...]
+    weights: tuple[Bound, ...]
+    heads: tuple[Bound, ...]
+    observe: tuple[Bound, ...]
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether rows of the attention matrix have to be computed."""
+        return bool(self.scores or self.weights or self.observe)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Methods resolved for one model.
+
+    Attributes:
+        model: The model.
+        bounds: The methods that do something, neutral ones left out.
+        methods: All methods as configured.
+        work: What to do at each attention site that has anything to do.
+        marks, hidden, mlp: Methods with that hook, by layer.
+    """
+
+    model: ModelInfo
+    methods: tuple[Method, ...]
+    bounds: tuple[Bound, ...]
+    work: dict[AttentionSite, Work]
+    marks: dict[int, tuple[Bound, ...]]
+    hidden: dict[int, tuple[Bound, ...]]
+    mlp: dict[int, tuple[Bound, ...]]
+
+    def with_hook(self, hook: str) -> tuple[Bound, ...]:
+        """Methods that override a hook, in order."""
+        return tuple(bound for bound in self.bounds if bound.method.overrides(hook))
+
+    @property
+    def has_branches(self) -> bool:
+        """Whether any method runs an extra stream."""
+        return any(bound.branches for bound in self.bounds)
+
+
+def make_plan(methods: Sequence[Method], model: ModelInfo) -> Plan:
+    """Resolve methods for a model.
+
+    Raises:
+        UnsupportedModelError: A method has no meaning for this model.
+        CompositionError: Two methods cannot act together.
+        ConfigError: A selector reaches outside the model.
+    """
+    if model.model.training:
+        raise UnsupportedModelError(
+            "the model is in training mode, where dropout and gradients would mix with steering. "
+            "Call model.eval() first."
+        )
+    bounds = []
+    seen: dict[str, Method] = {}
+    for method in methods:
+        if method.name in seen:
+            raise CompositionError(
+                f"{method.name} is listed twice. List every method once, or give it a union of "
+                "layers: {union: [[0, 4], [20, 24]]}."
+            )
+        seen[method.name] = method
+        _check(method, model)
+        if not method.is_neutral():
+            bounds.append(_bind(len(bounds), method, model))
+    work = {
+        site: work
+        for site in dict.fromkeys(model.sites.values())
+        if (work := _work_at(site, bounds, model)) is not None
+    }
+    plan = Plan(
+        model=model,
+        methods=tuple(methods),
+        bounds=tuple(bounds),
+        work=work,
+        marks=_by_layer("marks", bounds),
+        hidden=_by_layer("hidden", bounds),
+        mlp=_by_layer("mlp", bounds),
+    )
+    return plan
+
+
+def _check(method: Method, model: ModelInfo) -> None:
+    if method.needs_image_tokens and model.has_cross_attention:
+        raise UnsupportedModelError(
+            f"{method.name} works on image tokens in the decoder's own sequence, but "
+            f"{model.family} keeps its image in the keys of cross-attention layers. Use a method "
+            "that acts on attention columns or on logits, such as pai or vcd."
+        )
+    if method.overrides("mlp") and not model.mlps:
+        raise UnsupportedModelError(
+            f"{method.name} acts on MLPs, but none was found in this model."
+        )
+    method.check(model)
+
+
+def _bind(index: int, method: Method, model: ModelInfo) -> Bound:
+    try:
+        layers = frozenset(method.select_layers(model))
+    except ConfigError as error:
+        raise ConfigError(f"{method.name}: {error}") from None
+    return Bound(index, method, layers, method.resolve(model), method.branches())
+
+
+def _work_at(site: AttentionSite, bounds: Sequence[Bound], model: ModelInfo) -> Work | None:
+    here = [
+        bound
+        for bound in bounds
+        if site.layer in bound.layers and _attends(bound.method, site, model)
+    ]
+    hooks = {
+        hook: tuple(bound for bound in here if bound.method.overrides(hook))
+        for hook in _ATTENTION_HOOKS
+    }
+    return Work(site=site, **hooks) if any(hooks.values()) else None
+
+
+def _attends(method: Method, site: AttentionSite, model: ModelInfo) -> bool:
+    image_axis = "cross" if model.has_cross_attention else "self"
+    return (
+        method.attends == "both"
+        or (method.attends == "self" and site.axis == "self")
+        or (method.attends == "image" and site.axis == image_axis)
+    )
+
+
+def _by_layer(hook: str, bounds: Sequence[Bound]) -> dict[int, tuple[Bound, ...]]:
+    table: dict[int, tuple[Bound, ...]] = {}
+    for bound in bounds:
+        if bound.method.overrides(hook):
+            for layer in bound.layers:
+                table[layer] = (*table.get(layer, ()), bound)
+    return table

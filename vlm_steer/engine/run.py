@@ -1,0 +1,259 @@
+"""One generation under steering, seen from the forwards of the model that returns logits."""
+
+import inspect
+from collections.abc import Mapping
+from contextvars import ContextVar, Token
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm_steer.engine.active import ACTIVE, Probe
+from vlm_steer.engine.branches import Backend, Branches, Source, kept_module_state
+from vlm_steer.engine.call import Call, Forward, Stream
+from vlm_steer.engine.hooks import Columns, LogitsAt, Reference
+from vlm_steer.engine.inputs import mask_of, n_rows, n_tokens, without_image
+from vlm_steer.engine.layout import Layout
+from vlm_steer.engine.plan import Bound, Plan
+from vlm_steer.errors import UnsupportedModelError
+
+__all__ = ["Run", "named_arguments"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Entered:
+    """The outermost forward that is being followed in this context."""
+
+    run: "Run"
+    owner: nn.Module
+
+
+_ENTERED: ContextVar[_Entered | None] = ContextVar("vlm_steer_entered", default=None)
+
+
+def named_arguments(
+    owner: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments of a forward by name."""
+    if not args:
+        return dict(kwargs)
+    names = list(inspect.signature(owner.forward).parameters)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+class Run:
+    """Follows the forwards of one generation: layout, streams, branches, records.
+
+    Args:
+        plan: What acts where.
+        source: Where the user's inputs came from.
+        backend: How branches run.
+        earlier: The run that filled the cache this generation continues, if any.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        source: Source,
+        backend: Backend = "auto",
+        earlier: "Run | None" = None,
+    ):
+        self.plan = plan
+        self.source = source
+        self.backend = backend
+        self._earlier = None if earlier is None else earlier.call
+        self.call: Call | None = None
+        self.branches: Branches | None = None
+        self._tokens: tuple[Token[Forward | Probe | None], Token[_Entered | None]] | None = None
+        self._mine: dict[str, Any] = {}
+        self._past = 0
+        self._cache: Any = None
+
+    @staticmethod
+    def inside(owner: nn.Module) -> "Run | None":
+        """The run whose forward of this very module is ending in this context."""
+        entered = _ENTERED.get()
+        return entered.run if entered is not None and entered.owner is owner else None
+
+    # -- before and after a forward -----------------------------------------------------------
+    def before(self, owner: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Enter a forward; returns the arguments to run it with."""
+        cache = kwargs.get("past_key_values")
+        self._past = 0 if cache is None else int(cache.get_seq_length())
+        self._mine = kwargs
+        if self.call is None:
+            self.call = self._open(owner, kwargs)
+            self._watch(cache)
+        if self.branches is not None:
+            kwargs = self.branches.before(kwargs, self._past)
+        streams: tuple[Stream, ...] = (self.call.positive,)
+        if self.branches is not None and self.branches.is_paired:
+            streams += self.branches.streams()
+        forward = Forward(self.call, streams, self._past, n_tokens(kwargs))
+        self._tokens = (ACTIVE.set(forward), _ENTERED.set(_Entered(self, owner)))
+        return kwargs
+
+    def after(self, owner: nn.Module, output: Any) -> Any:
+        """Leave a forward; returns its output with the user's rows and the steered logits."""
+        forward = self.leave()
+        if not isinstance(forward, Forward) or output is None or self.call is None:
+            return output
+        self._record(forward)
+        if (
+            self.branches is not None
+            or self.plan.with_hook("logits")
+            or self.plan.with_hook("keep")
+        ):
+            output = self._with_logits(owner, output)
+        self.call.step += 1
+        return output
+
+    def leave(self) -> Forward | Probe | None:
+        """Take this thread out of the forward, whatever happened in it."""
+        forward = ACTIVE.get()
+        if self._tokens is not None:
+            active, entered = self._tokens
+            self._tokens = None
+            ACTIVE.reset(active)
+            _ENTERED.reset(entered)
+        return forward
+
+    def close(self) -> None:
+        """End the generation: give the user's cache back as the user knows it."""
+        if self._cache is None:
+            return
+        vars(self._cache).pop("reorder_cache", None)
+        if self.branches is not None:
+            self.branches.release(self._cache)
+        self._cache = None
+
+    # -- opening ------------------------------------------------------------------------------
+    def _open(self, owner: nn.Module, kwargs: dict[str, Any]) -> Call:
+        call = Call(self.plan, Stream("positive", self._layout(kwargs)))
+        if self._earlier is not None:
+            call.positive.marks.update(self._earlier.positive.marks)
+        has_image = call.positive.layout.has_image
+        if has_image:
+            for bound in self.plan.with_hook("prepare"):
+                call.positive.prepared[bound.index] = self._prepare(call, owner, kwargs, bound)
+        if self.plan.has_branches and has_image:
+            self.branches = Branches(call, self.source, kwargs, self._past, self.backend)
+            for stream in self.branches.streams():
+                stream.prepared.update(call.positive.prepared)
+        return call
+
+    def _layout(self, kwargs: dict[str, Any]) -> Layout:
+        rows, length = n_rows(kwargs), n_tokens(kwargs)
+        ids, mask = kwargs.get("input_ids"), mask_of(kwargs)
+        raw = self.source.raw
+        if raw is not None:
+            given = raw.get("input_ids", raw.get("inputs"))
+            if isinstance(given, Tensor) and given.shape[1] == self._past + length:
+                ids = _repeat_to(given, rows)
+                mask = mask if mask is not None else _repeat_to(raw.get("attention_mask"), rows)
+        if ids is None or ids.shape[1] != self._past + length:
+            raise UnsupportedModelError(
+                f"cannot tell which of {self._past + length} positions are image tokens: token ids "
+                f"for {0 if ids is None else ids.shape[1]} positions were passed. Pass the "
+                "input_ids of the whole conversation, also when continuing a cache."
+            )
+        if mask is not None and mask.shape[1] != ids.shape[1]:
+            mask = mask[:, -ids.shape[1] :]
+        return Layout.from_ids(ids, mask, self.plan.model.image_token_ids)
+
+    def _prepare(self, call: Call, owner: nn.Module, kwargs: dict[str, Any], bound: Bound) -> Any:
+        def head_outputs_without_image(layers: tuple[int, ...]) -> dict[int, Tensor]:
+            kinds = call.positive.layout.prompt
+            is_kept = (kinds != Columns.PADDING) & (kinds != Columns.IMAGE)
+            prompt = without_image(self.source.whole_prompt(kwargs, self._past), is_kept)
+            probe = Probe(self.plan.model.sites, frozenset(layers))
+            token = ACTIVE.set(probe)
+            try:
+                with kept_module_state(self.source.model), torch.no_grad():
+                    owner(**{**prompt, "use_cache": False, "past_key_values": None})
+            finally:
+                ACTIVE.reset(token)
+            return probe.outputs
+
+        reference = Reference(head_outputs_without_image, tuple(sorted(bound.layers)))
+        return bound.method.prepare(reference)
+
+    def _watch(self, cache: Any) -> None:
+        """Follow beam reordering of the user's cache for as long as the generation runs."""
+        if self.branches is None or cache is None:
+            return
+        branches, reorder = self.branches, type(cache).reorder_cache
+
+        def reorder_cache(beams: Tensor) -> None:
+            reorder(cache, branches.reorder(beams))
+
+        cache.reorder_cache = reorder_cache
+        self._cache = cache
+
+    # -- closing ------------------------------------------------------------------------------
+    def _record(self, forward: Forward) -> None:
+        call = forward.call
+        for name, layers in forward.observed.items():
+            stacked = torch.stack([layers[layer] for layer in sorted(layers)], dim=1)
+            call.records.setdefault(name, []).append(stacked)
+
+    def _with_logits(self, owner: nn.Module, output: Any) -> Any:
+        call = self.call
+        if call is None or not hasattr(output, "logits"):
+            raise UnsupportedModelError(
+                "a method acts on logits, but the model returned none. Call it with "
+                "return_dict=True."
+            )
+        logits, others = output.logits, {}
+        if self.branches is not None:
+            logits, others = self.branches.after(owner, self._mine, logits, self._past)
+        steered = _combine(call, logits[:, -1], others)
+        output.logits = (
+            steered[:, None]
+            if logits.shape[1] == 1
+            else torch.cat([logits[:, :-1], steered[:, None]], dim=1)
+        )
+        return output
+
+
+def _combine(call: Call, logits: Tensor, others: Mapping[str, Tensor]) -> Tensor:
+    """Run the ``logits`` and ``keep`` hooks on ``[batch, vocabulary]``, in order."""
+    raw = logits.float()
+    current, keep = raw, None
+    for bound in call.plan.bounds:
+        acts = bound.method.overrides("logits") or bound.method.overrides("keep")
+        if not acts or (bound.branches and not others):
+            continue
+        at = LogitsAt(
+            raw=raw,
+            branches={b.name: others[bound.branch_key(b)].float() for b in bound.branches},
+            step=call.step,
+            plan=bound.constants,
+            prepared=call.positive.prepared.get(bound.index),
+        )
+        new = bound.method.logits(current, at)
+        kept = bound.method.keep(at)
+        if kept is not None:
+            keep = kept if keep is None else keep & kept
+        if call.is_measured:
+            call.moved[bound.index] = _moved(call, bound, current, new, kept)
+        current = new
+    if keep is not None:
+        best = torch.zeros_like(keep).scatter_(1, raw.argmax(dim=1, keepdim=True), True)
+        current = current.masked_fill(~(keep | best), -torch.inf)
+    return current.to(logits.dtype)
+
+
+def _moved(call: Call, bound: Bound, before: Tensor, after: Tensor, kept: Tensor | None) -> Tensor:
+    if kept is not None:
+        after = after.masked_fill(~kept, torch.finfo(after.dtype).min)
+    moved = (after.softmax(dim=-1) - before.softmax(dim=-1)).abs().sum(dim=-1).mean() / 2
+    return call.moved.get(bound.index, torch.zeros_like(moved)) + moved
+
+
+def _repeat_to(tensor: Any, rows: int) -> Any:
+    """Repeat rows as ``generate`` does for beams and several return sequences."""
+    if not isinstance(tensor, Tensor) or tensor.shape[0] == rows:
+        return tensor
+    return tensor.repeat_interleave(rows // tensor.shape[0], dim=0)
