@@ -197,15 +197,20 @@ def _docs(cls: type) -> dict[str, str]:
     """Option documentation from the ``Attributes:`` sections of a class and its bases."""
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
-        section = re.search(
-            r"^Attributes:\n(.*?)(?=^\S|\Z)", inspect.cleandoc(base.__doc__ or ""), re.M | re.S
-        )
-        if section:
-            entries = re.findall(
-                r"^ {4}(\w+)(?: \([^)]*\))?:(.*(?:\n(?: {5,}.*|\s*))*)", section[1], re.M
-            )
-            docs |= {name: " ".join(text.split()) for name, text in entries}
+        docs |= _attributes_section(inspect.cleandoc(base.__doc__ or ""))
     return docs
+
+
+def _attributes_section(docstring: str) -> dict[str, str]:
+    section = re.search(r"^Attributes:\n(.*?)(?=^\S|\Z)", docstring, re.MULTILINE | re.DOTALL)
+    entries: dict[str, str] = {}
+    name = ""
+    for line in section[1].splitlines() if section else ():
+        head = re.match(r" {4}(\w+)(?: \(.*?\))?:(.*)", line)
+        if head:
+            name, line = head[1], head[2]
+        entries[name] = f"{entries.get(name, '')} {line.strip()}".strip()
+    return entries
 
 
 def _in_words(hint: Any) -> str:

@@ -36,7 +36,7 @@ class Place:
         """The place of an entry of a mapping or of an item of a list."""
         if isinstance(self.node, MappingNode):
             for key_node, value_node in self.node.value:
-                if key_node.value == key:
+                if key_node.value == str(key):
                     return Place(self.source, value_node, _line(key_node))
         if isinstance(self.node, SequenceNode) and isinstance(key, int):
             item = self.node.value[key]
@@ -94,8 +94,8 @@ def parse_yaml(text: str, source: str, *, with_lines: bool = True) -> tuple[obje
     yaml = YAML(typ="safe", pure=True)
     here = Place(source)
     try:
-        aliases = [token for token in yaml.scan(text) if isinstance(token, AliasToken)]
         node = yaml.compose(text)
+        aliases = [token for token in yaml.scan(text) if isinstance(token, AliasToken)]
         data: object = yaml.load(text)
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)

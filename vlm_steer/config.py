@@ -214,7 +214,7 @@ def _check_version(top: Mapping[str, object], place: Place) -> None:
     version = top.get("version", VERSION)
     if version != VERSION or isinstance(version, bool):
         raise place["version"].error(
-            f"version {version!r} is not known. This vlm_steer reads version: {VERSION}."
+            f"version {_kind(version)} is not known. This vlm_steer reads version: {VERSION}."
         )
 
 
