@@ -200,22 +200,27 @@ def test_dola_contrasts_the_layer_that_differs_most(seed: int, divergence) -> No
     torch.testing.assert_close(moved, result)
 
 
-def test_the_two_divergences_of_dola_can_choose_differently() -> None:
+def relative_entropy(p: Tensor, q: Tensor) -> Tensor:
+    return (p * (p / q).log()).sum(-1)
+
+
+def test_dola_measures_the_divergence_it_is_asked_for() -> None:
+    seeds = range(40)
+    final = torch.cat([random_logits(seed, 1, VOCAB) for seed in seeds]).double()
+    early = torch.cat([random_logits(seed + 1, 1, 6, VOCAB) for seed in seeds]).double()
+    p, q = final.softmax(-1).unsqueeze(1), early.softmax(-1)
+    middle = (p + q) / 2
     chosen = {
-        kind: torch.stack(
-            [
-                dola_logits(
-                    random_logits(seed, 1, VOCAB),
-                    random_logits(seed + 1, 1, 6, VOCAB),
-                    relative_top=0.0,
-                    divergence=kind,
-                )
-                for seed in range(40)
-            ]
-        )
-        for kind in ("kl_m", "jsd")
+        "kl_m": relative_entropy(middle, p) + relative_entropy(middle, q),
+        "jsd": relative_entropy(p, middle) + relative_entropy(q, middle),
     }
-    assert not torch.equal(chosen["kl_m"], chosen["jsd"])
+    layers = {kind: distance.argmax(-1) for kind, distance in chosen.items()}
+    assert not torch.equal(layers["kl_m"], layers["jsd"])
+    for kind, layer in layers.items():
+        picked = early[torch.arange(len(seeds)), layer]
+        expected = final.log_softmax(-1) - picked.log_softmax(-1)
+        result = dola_logits(final, early, relative_top=0.0, divergence=kind)
+        torch.testing.assert_close(result, expected)
 
 
 def test_dola_survives_probabilities_that_underflow() -> None:
@@ -279,6 +284,14 @@ def test_opera_rewards_the_image_in_short_responses_only_in_the_code_form() -> N
     paper = opera_penalty(weights, visual, scale=50.0, response_start=8, bonus_length=0)
     torch.testing.assert_close(code.penalty, -weights[..., -1, :4].sum(-1))
     assert (paper.penalty > 0).all()
+
+
+@pytest.mark.parametrize(("response", "is_bonus"), [(10, True), (11, False)])
+def test_opera_rewards_the_image_up_to_the_tenth_token(response: int, is_bonus: bool) -> None:
+    weights = over_trust(2, size=8 + response, response=response)
+    visual = torch.arange(8 + response)[None] < 4
+    found = opera_penalty(weights, visual, scale=50.0, response_start=8)
+    assert (found.penalty.item() < 0) == is_bonus
 
 
 def test_opera_survives_padding_rows_without_mass() -> None:
