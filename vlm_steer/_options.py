@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Option", "build", "check_values", "describe", "option_names", "plain", "refuse_ignored"]
 
+_LAYER_HOOKS = ("mask", "marks", "scores", "weights", "heads", "mlp", "hidden", "observe")
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Option:
@@ -49,18 +51,20 @@ class Option:
 
 def describe(cls: "type[Method]") -> tuple[Option, ...]:
     """The options of a method class, its own before those that every method has."""
-    docs = _docs(cls)
-    own = inspect.get_annotations(cls)
-    fields = sorted(_fields(cls), key=lambda field: field.name not in own)
+    docs, hints, own = _docs(cls), _hints(cls), inspect.get_annotations(cls)
+    fields = _fields(cls)
+    # Read off an instance, since a method may complete its defaults in __post_init__.
+    has_defaults = not any(_is_required(field) for field in fields)
+    defaults: object = cls() if has_defaults else cls
     return tuple(
         Option(
             name=field.name,
-            type=_in_words(_hints(cls)[field.name]),
-            default=None if _is_required(field) else plain(_default(field), field.name),
+            type=_in_words(hints[field.name]),
+            default=plain(getattr(defaults, field.name, None), field.name),
             required=_is_required(field),
             doc=docs.get(field.name, ""),
         )
-        for field in fields
+        for field in sorted(fields, key=lambda field: field.name not in own)
     )
 
 
@@ -180,17 +184,28 @@ def _hints(cls: "type[Method]") -> dict[str, Any]:
 
 
 def _fields(cls: "type[Method]") -> list[dataclasses.Field[Any]]:
-    return [field for field in dataclasses.fields(cls) if field.init]
+    """Fields that are options: those of ``Method`` itself only for methods that act in layers."""
+    unused = () if _acts_in_layers(cls) else _inherited(cls)
+    return [field for field in dataclasses.fields(cls) if field.init and field.name not in unused]
+
+
+def _acts_in_layers(cls: "type[Method]") -> bool:
+    from vlm_steer.engine.hooks import Method
+
+    return any(getattr(cls, hook) is not getattr(Method, hook) for hook in _LAYER_HOOKS)
+
+
+def _inherited(cls: "type[Method]") -> set[str]:
+    """Names of the fields that come from ``Method`` and that no class below it redefines."""
+    from vlm_steer.engine.hooks import Method
+
+    below = cls.__mro__[: cls.__mro__.index(Method)]
+    redefined = {name for base in below for name in inspect.get_annotations(base)}
+    return {field.name for field in dataclasses.fields(Method)} - redefined
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _default(field: dataclasses.Field[Any]) -> object:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
 
 
 def _docs(cls: type) -> dict[str, str]:

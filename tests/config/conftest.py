@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pytest
+from torch import Tensor
 
 from vlm_steer import registry
-from vlm_steer.engine.hooks import Method, Selector
+from vlm_steer.engine.hooks import At, Method, Selector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,9 @@ class Lens(Method):
 
     def ignored_options(self) -> Mapping[str, str]:
         return {} if self.manual else {"focus": "the focus is automatic (manual: false)"}
+
+    def heads(self, outputs: Tensor, at: At) -> Tensor:
+        return self.power * outputs
 
 
 @dataclass(frozen=True, kw_only=True)
