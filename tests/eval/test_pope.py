@@ -5,10 +5,10 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from vlm_steer_eval.metrics import summarise
-from vlm_steer_eval.pope import PARSERS, POPE_METRICS, parse_answer, pope_counts
 
 from vlm_steer.errors import ConfigError
+from vlm_steer_eval.metrics import summarise
+from vlm_steer_eval.pope import PARSERS, POPE_METRICS, parse_answer, pope_counts
 
 
 def _metrics(parser, answers, labels, clusters=None):

@@ -4,6 +4,8 @@ import itertools
 from collections import Counter
 
 import pytest
+
+from vlm_steer.errors import DataError
 from vlm_steer_eval.pope_builder import (
     STRATEGIES,
     ImageObjects,
@@ -14,8 +16,6 @@ from vlm_steer_eval.pope_builder import (
     official_question_text,
     question_text,
 )
-
-from vlm_steer.errors import DataError
 
 IMAGES = [
     ImageObjects("b.png", ("dog", "apple")),

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from vlm_steer.errors import DataError
 from vlm_steer_eval.metrics import MetricSet, compare, ratio, summarise
 from vlm_steer_eval.resampling import bootstrap_sums, cluster_totals, percentile_interval, swap_sums
 from vlm_steer_eval.stats import (
@@ -15,8 +17,6 @@ from vlm_steer_eval.stats import (
     paired_t_test,
     wilson,
 )
-
-from vlm_steer.errors import DataError
 
 SHARE = MetricSet(columns=("hits", "n"), formulas={"share": lambda c: ratio(c["hits"], c["n"])})
 
