@@ -19,6 +19,7 @@ from __future__ import annotations
 import atexit
 import functools
 import math
+import re
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -42,6 +43,7 @@ from transformers import (
 Inputs = dict[str, Tensor]
 Pictures = list[Image.Image]
 Processor = Callable[..., Any]
+Look = Callable[[Pictures], tuple[list[list[int]], Inputs]]
 
 VOCAB = 160
 PAD, BOS, EOS, IMAGE, START, END, BREAK, TILE, VIDEO = range(9)
@@ -51,16 +53,32 @@ FIRST_TEXT = 16
 LAYERS, HEADS, KEY_HEADS, HEAD_DIM, HIDDEN = 4, 4, 2, 8, 32
 SIDE, PATCH = 32, 8
 """Pixels of one square vision tile and of one patch: 4 x 4 patches a tile."""
+SQUARE = {"height": SIDE, "width": SIDE}
 PICTURE = (32, 48)
 """Default picture (height, width): not square, so that swapped axes show."""
 
 UNSUPPORTED: Mapping[tuple[str, int], str] = MappingProxyType(
     {
+        ("blip-2", 0): "forward requires pixel_values",
         ("instructblip", 0): "forward and generate require pixel_values",
         ("instructblip", 2): "the Q-Former pairs each image with one instruction row",
     }
 )
 """(family, images in one row) that the architecture cannot take, with the reason."""
+
+UNEQUAL_FORWARD: Mapping[str, str] = MappingProxyType(
+    dict.fromkeys(
+        ["hunyuan_vl", "mistral_large4"],
+        "without position_ids a plain forward counts left padding as positions, and attention here "
+        "scales with the absolute position; generate passes position_ids and is unaffected",
+    )
+)
+"""Families whose plain forward is changed by left padding in unmodified transformers."""
+
+NO_BEAMS: Mapping[str, str] = MappingProxyType(
+    {"llama4": "generate repeats image tokens but not image features for the beams of a batch"}
+)
+"""Families in which unmodified transformers cannot search beams over a batch with images."""
 
 UNEQUAL_MIXED: Mapping[str, str] = MappingProxyType(
     {
@@ -92,7 +110,7 @@ class Recipe:
     """
 
     config: PreTrainedConfig
-    look: Callable[[Pictures], tuple[list[list[int]], Inputs]]
+    look: Look
     companions: Callable[[Tensor, Inputs], Inputs] = field(default=lambda ids, tensors: {})
     image_token_id: int = IMAGE
     image_first: bool = False
@@ -141,7 +159,7 @@ class Family:
         Raises:
             Unsupported: the family cannot take this number of images.
         """
-        if reason := UNSUPPORTED.get((self.name, images)):
+        if reason := unsupported(self.name, images):
             raise Unsupported(f"{self.name} with {images} image(s) in a row: {reason}")
         rng = np.random.default_rng([seed, zlib.crc32(self.name.encode())])
         pictures = [_picture(rng, size) for _ in range(images)]
@@ -186,6 +204,21 @@ class Family:
         return value.to(self.model.dtype) if value.is_floating_point() else value
 
 
+def unsupported(name: str, images: int) -> str | None:
+    """Why a family cannot take a row with this number of images; None if it can."""
+    if images and name not in FAMILIES and name in extra_families(images=False):
+        return "its pixel layout is not in the zoo"
+    return UNSUPPORTED.get((name, images))
+
+
+def extra_families(*, images: bool | None = None) -> tuple[str, ...]:
+    """Names of the generically shrunken families; only those with (without) images if given."""
+    from tests.families import extra
+
+    chosen = {None: (*extra.IMAGES, *extra.TEXT_ONLY), True: extra.IMAGES, False: extra.TEXT_ONLY}
+    return tuple(sorted(chosen[images]))
+
+
 PER_TOKEN = frozenset(
     {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask"}
 )
@@ -201,7 +234,7 @@ def load(
     """Loads a fresh copy of a family's model in eval mode, building it on first use.
 
     Args:
-        name: one of `FAMILIES`.
+        name: one of `FAMILIES` or `extra_families()`.
         dtype: of the weights; floating inputs follow it.
         attn_implementation: as in `from_pretrained`; None is transformers' default (sdpa).
     """
@@ -237,7 +270,14 @@ def _root() -> Path:
 
 @functools.cache
 def _recipe(name: str) -> Recipe:
-    return BUILDERS[name]()
+    if name in BUILDERS:
+        return BUILDERS[name]()
+    from tests.families import extra
+
+    return extra.recipe(name)
+
+
+FINAL_NORM = r"((model|decoder)\.)*\w*norm\w*"
 
 
 @torch.no_grad()
@@ -250,19 +290,21 @@ def _redraw(model: Any, seed: int) -> None:
     otherwise no output depends on the image.
     """
     generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.numel() == 1:
             parameter.fill_(0.7)
         elif parameter.dim() < 2:
             parameter.add_(0.1 * noise)
         else:
-            fan_in = parameter[0].numel() if parameter.dim() > 2 else parameter.shape[-1]
+            experts = "experts" in name  # [experts, out, in], unlike convolutions [out, in, ...]
+            fan_in = parameter.shape[-1] if experts else parameter[0].numel()
             parameter.copy_(noise / math.sqrt(fan_in))
-    head = model.get_output_embeddings().weight
-    head[:FIRST_TEXT] *= 0.01
+    model.get_output_embeddings().weight[:FIRST_TEXT] *= 0.01
     # Adding 2 triples the final norm's output under both norm conventions: logits of scale 3.
-    model.get_decoder().norm.weight.add_(2.0)
+    modules = model.get_decoder().named_modules()
+    norms = [module for name, module in modules if re.fullmatch(FINAL_NORM, name)]
+    norms[-1].weight.add_(2.0)
 
 
 def _text(rng: np.random.Generator, count: int) -> list[int]:
@@ -332,26 +374,22 @@ def _tower(model_type: str, **fields: Any) -> dict[str, Any]:
     }
 
 
-def _processor(class_name: str, **options: Any) -> Processor:
+def processor(class_name: str, **options: Any) -> Processor:
     """A PIL image processor (they need no torchvision) as a function to torch tensors."""
-    processor = getattr(transformers, class_name)(**options)
-    return functools.partial(processor, return_tensors="pt")
-
-
-def _square() -> dict[str, int]:
-    return {"height": SIDE, "width": SIDE}
+    pil: Any = getattr(transformers, class_name)(**options)
+    return functools.partial(pil, return_tensors="pt")
 
 
 def _blocks(lengths: Iterable[int], before: list[int], after: list[int]) -> list[list[int]]:
     return [[*before, *[IMAGE] * int(length), *after] for length in lengths]
 
 
-def _fixed(
+def fixed(
     process: Processor,
     tokens: int,
     before: list[int] | None = None,
     after: list[int] | None = None,
-) -> Callable[[Pictures], tuple[list[list[int]], Inputs]]:
+) -> Look:
     """Layout of families in which every image becomes one tile of `tokens` image tokens."""
 
     def look(pictures: Pictures) -> tuple[list[list[int]], Inputs]:
@@ -394,11 +432,28 @@ def _llava() -> Recipe:
         image_token_index=IMAGE,
         image_seq_length=16,
     )
-    process = _processor("CLIPImageProcessorPil", size={"shortest_edge": SIDE}, crop_size=_square())
-    return Recipe(config=config, look=_fixed(process, 16))
+    process = processor("CLIPImageProcessorPil", size={"shortest_edge": SIDE}, crop_size=SQUARE)
+    return Recipe(config=config, look=fixed(process, 16))
 
 
 PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
+
+
+def anyres() -> Look:
+    """Layout of LLaVA-NeXT: a base tile and a grid of tiles cropped to the picture's aspect."""
+    process = processor(
+        "LlavaNextImageProcessorPil",
+        size={"shortest_edge": SIDE},
+        crop_size=SQUARE,
+        image_grid_pinpoints=PINPOINTS,
+    )
+
+    def look(pictures: Pictures) -> tuple[list[list[int]], Inputs]:
+        out = process(pictures)
+        lengths = [_anyres_tokens(size, PINPOINTS) for size in out["image_sizes"]]
+        return _blocks(lengths, [], []), dict(out)
+
+    return look
 
 
 def _llava_next() -> Recipe:
@@ -409,19 +464,7 @@ def _llava_next() -> Recipe:
         image_token_index=IMAGE,
         image_grid_pinpoints=PINPOINTS,
     )
-    process = _processor(
-        "LlavaNextImageProcessorPil",
-        size={"shortest_edge": SIDE},
-        crop_size=_square(),
-        image_grid_pinpoints=PINPOINTS,
-    )
-
-    def look(pictures: Pictures) -> tuple[list[list[int]], Inputs]:
-        out = process(pictures)
-        lengths = [_anyres_tokens(size, PINPOINTS) for size in out["image_sizes"]]
-        return _blocks(lengths, [], []), dict(out)
-
-    return Recipe(config=config, look=look)
+    return Recipe(config=config, look=anyres())
 
 
 def _llava_onevision() -> Recipe:
@@ -433,8 +476,8 @@ def _llava_onevision() -> Recipe:
         video_token_index=VIDEO,
         image_grid_pinpoints=PINPOINTS,
     )
-    process = _processor(
-        "LlavaOnevisionImageProcessorPil", size=_square(), image_grid_pinpoints=PINPOINTS
+    process = processor(
+        "LlavaOnevisionImageProcessorPil", size=SQUARE, image_grid_pinpoints=PINPOINTS
     )
 
     def look(pictures: Pictures) -> tuple[list[list[int]], Inputs]:
@@ -446,6 +489,22 @@ def _llava_onevision() -> Recipe:
         return _blocks([17] * len(pictures) if several else lengths, [], []), out
 
     return Recipe(config=config, look=look)
+
+
+def patched(before: list[int], after: list[int], *, temporal_patch_size: int = 2) -> Look:
+    """Layout of Qwen-VL: flattened patches of any grid, merged two by two into tokens."""
+    process = processor(
+        "Qwen2VLImageProcessorPil",
+        patch_size=PATCH,
+        temporal_patch_size=temporal_patch_size,
+        size={"shortest_edge": 16 * 16, "longest_edge": 64 * 64},
+    )
+
+    def look(pictures: Pictures) -> tuple[list[list[int]], Inputs]:
+        out = process(pictures)
+        return _blocks(out["image_grid_thw"].prod(-1) // 4, before, after), dict(out)
+
+    return look
 
 
 def _qwen_vl(model_type: str, vision: dict[str, Any], **rope: Any) -> Recipe:
@@ -461,18 +520,8 @@ def _qwen_vl(model_type: str, vision: dict[str, Any], **rope: Any) -> Recipe:
         vision_start_token_id=START,
         vision_end_token_id=END,
     )
-    process = _processor(
-        "Qwen2VLImageProcessorPil",
-        patch_size=PATCH,
-        size={"shortest_edge": 16 * 16, "longest_edge": 64 * 64},
-    )
-
-    def look(pictures: Pictures) -> tuple[list[list[int]], Inputs]:
-        out = process(pictures)
-        return _blocks(out["image_grid_thw"].prod(-1) // 4, [START], [END]), dict(out)
-
     types = functools.partial(_image_type_ids, "mm_token_type_ids")
-    return Recipe(config=config, look=look, companions=types)
+    return Recipe(config=config, look=patched([START], [END]), companions=types)
 
 
 def _qwen2_vl() -> Recipe:
@@ -502,10 +551,10 @@ def _qwen3_vl() -> Recipe:
     return _qwen_vl("qwen3_vl", vision, mrope_section=[2, 1, 1], mrope_interleaved=True)
 
 
-def _tiled(tokens: int, **options: Any) -> Callable[[Pictures], tuple[list[list[int]], Inputs]]:
+def _tiled(tokens: int, **options: Any) -> Look:
     """Layout of InternVL and Aya: GotOcr2 tiling, all tiles of an image in one run of tokens."""
-    process = _processor(
-        "GotOcr2ImageProcessorPil", size=_square(), crop_to_patches=True, max_patches=4, **options
+    process = processor(
+        "GotOcr2ImageProcessorPil", size=SQUARE, crop_to_patches=True, max_patches=4, **options
     )
 
     def look(pictures: Pictures) -> tuple[list[list[int]], Inputs]:
@@ -547,7 +596,7 @@ def _idefics(model_type: str, class_name: str) -> Recipe:
         pad_token_id=PAD,
         scale_factor=2,
     )
-    process = _processor(
+    process = processor(
         class_name, size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE}
     )
 
@@ -586,8 +635,8 @@ def _paligemma() -> Recipe:
         """All of an inference prompt is the bidirectional prefix, type 0."""
         return {"token_type_ids": torch.zeros_like(ids)[None]}
 
-    process = _processor("SiglipImageProcessorPil", size=_square())
-    return Recipe(config=config, look=_fixed(process, 16), companions=prefix, image_first=True)
+    process = processor("SiglipImageProcessorPil", size=SQUARE)
+    return Recipe(config=config, look=fixed(process, 16), companions=prefix, image_first=True)
 
 
 def _gemma3() -> Recipe:
@@ -605,9 +654,9 @@ def _gemma3() -> Recipe:
         boi_token_index=START,
         eoi_token_index=END,
     )
-    process = _processor("Gemma3ImageProcessorPil", size=_square())
+    process = processor("Gemma3ImageProcessorPil", size=SQUARE)
     types = functools.partial(_image_type_ids, "token_type_ids")
-    return Recipe(config=config, look=_fixed(process, 4, [START], [END]), companions=types)
+    return Recipe(config=config, look=fixed(process, 4, [START], [END]), companions=types)
 
 
 def _mistral3() -> Recipe:
@@ -619,7 +668,7 @@ def _mistral3() -> Recipe:
         spatial_merge_size=2,
         tie_word_embeddings=False,
     )
-    process = _processor(
+    process = processor(
         "PixtralImageProcessorPil",
         size={"longest_edge": 48},
         patch_size={"height": 2 * PATCH, "width": 2 * PATCH},
@@ -655,8 +704,8 @@ def _instructblip() -> Recipe:
         text = ids[ids >= FIRST_TEXT][None]
         return {"qformer_input_ids": text, "qformer_attention_mask": torch.ones_like(text)}
 
-    process = _processor("BlipImageProcessorPil", size=_square())
-    look = _fixed(process, queries)
+    process = processor("BlipImageProcessorPil", size=SQUARE)
+    look = fixed(process, queries)
     return Recipe(config=config, look=look, companions=instruction, image_first=True)
 
 
@@ -673,7 +722,7 @@ def _mllama() -> Recipe:
         ),
         image_token_index=VOCAB,
     )
-    process = _processor(
+    process = processor(
         "MllamaImageProcessorPil", size={"height": 16, "width": 16}, max_image_tiles=4
     )
 

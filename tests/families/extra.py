@@ -1,0 +1,375 @@
+"""Further image-text-to-text families, shrunken generically instead of one by one.
+
+The default configuration of each family is taken as a nested dictionary; every size in it is
+replaced by a tiny one according to its field name, and the few fields that no rule can guess are
+overridden in `FIELDS`. `IMAGES` says which of a handful of pixel layouts a family takes; families
+with a layout of their own run with text only. `NOT_BUILT` says why each of the others is left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedConfig
+
+from tests.families import zoo
+from tests.families.zoo import Inputs, Look, Recipe
+
+NAMES_OF_SIZE: tuple[tuple[int, str], ...] = (
+    (zoo.VOCAB, "vocab_size text_vocab_size vocab_size_per_layer_input"),
+    (
+        zoo.HIDDEN,
+        "hidden_size d_model embed_dim hidden_dim width out_hidden_size projection_dim "
+        "text_hidden_size output_dim encoder_hidden_size embedding_dim moe_hidden_size "
+        "projection_hidden_dim output_channels projector_input_dim projector_output_dim "
+        "projector_hidden_size",
+    ),
+    (
+        2 * zoo.HIDDEN,
+        "intermediate_size intermediate_size_mlp ffn_dim mlp_dim d_ff "
+        "encoder_ffn_dim decoder_ffn_dim alignment_intermediate_size vision_output_dim",
+    ),
+    (
+        16,
+        "moe_intermediate_size shared_expert_intermediate_size share_expert_dim "
+        "moe_shared_expert_intermediate_size q_lora_rank kv_lora_rank",
+    ),
+    (
+        zoo.HEAD_DIM,
+        "head_dim swa_head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim "
+        "qk_head_dim linear_key_head_dim linear_value_head_dim linear_head_dim index_head_dim "
+        "hidden_size_per_layer_input query_pre_attn_scalar",
+    ),
+    (
+        4,
+        "num_experts num_local_experts n_routed_experts moe_num_experts linear_num_heads "
+        "linear_num_value_heads swa_num_attention_heads num_sliding_attention_heads",
+    ),
+    (
+        2,
+        "num_experts_per_tok moe_topk moe_k num_key_value_heads swa_num_key_value_heads "
+        "linear_num_key_heads index_n_heads",
+    ),
+    (1, "n_group topk_group first_k_dense_replace"),
+    (512, "max_position_embeddings"),
+    (12, "sliding_window sliding_window_size"),
+    (zoo.SIDE, "image_size"),
+    (zoo.PATCH, "patch_size"),
+)
+SIZES = {key: size for size, keys in NAMES_OF_SIZE for key in keys.split()}
+DEPTHS = ("num_hidden_layers", "num_layers", "depth", "layers", "encoder_layers", "decoder_layers")
+HEADS = ("num_attention_heads", "num_heads", "attention_heads", "decoder_attention_heads")
+PER_LAYER = ("layer_types", "mlp_layer_types", "moe_layers", "no_rope_layers", "per_layer_config")
+DROPPED = (*PER_LAYER, "transformers_version", "dtype", "architectures")
+"""Absent, per-layer lists are derived again from the new depth."""
+
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+MROPE = {"rope_parameters": ROPE}
+WHOLE_ROPE = {"rope_parameters": {**ROPE, "partial_rotary_factor": 1.0}}
+DEEPSTACK = {"vision_config": {"deepstack_visual_indexes": [0]}}
+FIELDS: Mapping[str, dict[str, Any]] = MappingProxyType(
+    {
+        "aria": {
+            "projector_patch_to_query_dict": {"16": 4},
+            "max_value_projector_patch_to_query_dict": 4,
+        },
+        "blip-2": {
+            "num_query_tokens": 6,
+            "image_token_index": zoo.IMAGE,
+            "text_config": {"word_embed_proj_dim": zoo.HIDDEN},
+        },
+        "cohere_compass": {
+            "text_config": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+            **DEEPSTACK,
+        },
+        "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense"] * zoo.LAYERS}},
+        "ernie4_5_vl_moe": {
+            "text_config": {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 2]}}
+        },
+        "cosmos3_edge": {"text_config": MROPE},
+        "cosmos3_omni": DEEPSTACK,
+        "glm46v": {"text_config": MROPE},
+        "glm4v": {"text_config": MROPE},
+        "glm4v_moe": {"text_config": {"head_dim": zoo.HEAD_DIM, **WHOLE_ROPE}},
+        "glm5_next": {
+            "text_config": {"num_key_value_heads": zoo.HEADS, "qk_rope_head_dim": 0},
+        },
+        "glm_ocr": {"text_config": WHOLE_ROPE},
+        "glmga": {"text_config": WHOLE_ROPE},
+        "hunyuan_vl": {
+            "text_config": {
+                "head_dim": zoo.HEAD_DIM,
+                "rope_parameters": {**ROPE, "mrope_section": [1, 1, 1, 1]},
+            }
+        },
+        "janus": {
+            "vq_config": {
+                "base_channels": 32,
+                "channel_multiplier": [1, 1],
+                "latent_channels": 32,
+                "num_embeddings": 64,
+            },
+            "vision_config": {"num_image_tokens": 16},
+        },
+        "kimi_k25": {"text_config": {"num_key_value_heads": zoo.HEADS}},
+        "llama4": {
+            "vision_config": {"intermediate_size": 128, "vision_output_dim": zoo.HIDDEN},
+        },
+        "llava_next_video": {"image_grid_pinpoints": zoo.PINPOINTS},
+        "mistral_large4": {
+            "text_config": {
+                "kv_source_layers": list(range(zoo.LAYERS)),
+                "num_key_value_heads": zoo.HEADS,
+            }
+        },
+        "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+        "paddleocr_vl": {"text_config": MROPE},
+        "muse_glimmer": {"out_hidden_size": 4 * zoo.HIDDEN},
+        "qwen3_vl_moe": DEEPSTACK,
+        "step3p7": {"text_config": {"sliding_window": 12}},
+        "vipllava": {"vision_feature_layers": [-2, -1]},
+    }
+)
+"""Overrides that no field-name rule can guess, by family, merged into the shrunken defaults."""
+
+
+def _tile(tokens: int, config: PreTrainedConfig) -> Look:
+    process = zoo.processor("SiglipImageProcessorPil", size=zoo.SQUARE)
+    return zoo.fixed(process, tokens)
+
+
+def _sized_tile(tokens: int, config: PreTrainedConfig) -> Look:
+    """A square tile that the model crops to its `image_sizes`, as Pixtral towers do."""
+    plain = _tile(tokens, config)
+
+    def look(pictures: zoo.Pictures) -> tuple[list[list[int]], Inputs]:
+        blocks, tensors = plain(pictures)
+        sizes = torch.full((len(pictures), 2), zoo.SIDE)
+        return blocks, {**tensors, "image_sizes": sizes}
+
+    return look
+
+
+def _row_tile(tokens: int, config: PreTrainedConfig) -> Look:
+    """Idefics-style: the tiles of one row under a leading row axis, with a pixel mask."""
+    plain = _tile(tokens, config)
+
+    def look(pictures: zoo.Pictures) -> tuple[list[list[int]], Inputs]:
+        blocks, tensors = plain(pictures)
+        pixels = tensors["pixel_values"][None]
+        mask = torch.ones_like(pixels[:, :, 0], dtype=torch.long)
+        return blocks, {"pixel_values": pixels, "pixel_attention_mask": mask}
+
+    return look
+
+
+def _grid(config: PreTrainedConfig, *, flat: bool = True, merges: bool = False) -> Look:
+    """Qwen-style patches with `image_grid_thw`.
+
+    Args:
+        flat: patches are vectors; else small images [patches, channels, height, width].
+        merges: the model is told its merge size per image.
+    """
+    vision = config.vision_config
+    frames = getattr(vision, "temporal_patch_size", getattr(vision, "patch_temporal", 1)) or 1
+    plain = zoo.patched([zoo.START], [zoo.END], temporal_patch_size=frames)
+
+    def look(pictures: zoo.Pictures) -> tuple[list[list[int]], Inputs]:
+        blocks, tensors = plain(pictures)
+        if not flat:
+            pixels = tensors["pixel_values"]
+            tensors["pixel_values"] = pixels.view(-1, 3, zoo.PATCH, zoo.PATCH)
+        if merges:
+            tensors["image_merge_sizes"] = torch.full((len(pictures),), 2)
+        return blocks, tensors
+
+    return look
+
+
+LookOf = Callable[[PreTrainedConfig], Look]
+IMAGES: Mapping[str, LookOf] = MappingProxyType(
+    {
+        "aria": functools.partial(_tile, 4),
+        "blip-2": functools.partial(_tile, 6),
+        "cohere2_vision": functools.partial(_tile, 4),
+        "cohere_compass": _grid,
+        "cosmos3_edge": _grid,
+        "cosmos3_omni": _grid,
+        "deepseek_vl": functools.partial(_tile, 16),
+        "ernie4_5_vl_moe": _grid,
+        "exaone4_5": _grid,
+        "glm46v": _grid,
+        "glm4v": _grid,
+        "glm4v_moe": _grid,
+        "glm5_next": _grid,
+        "glm_ocr": _grid,
+        "glmga": _grid,
+        "got_ocr2": functools.partial(_tile, 1),
+        "hyperclovax_vision_v2": _grid,
+        "idefics2": functools.partial(_row_tile, 64),
+        "janus": functools.partial(_tile, 16),
+        "lfm3_vl": _grid,
+        "lighton_ocr": functools.partial(_sized_tile, 4),
+        "llama4": functools.partial(_tile, 4),
+        "llava_next_video": lambda config: zoo.anyres(),
+        "minimax_m3_vl": _grid,
+        "muse_glimmer": _grid,
+        "ovis2": functools.partial(_tile, 16),
+        "paddleocr_vl": functools.partial(_grid, flat=False),
+        "pp_chart2table": functools.partial(_tile, 1),
+        "qianfan_ocr": functools.partial(_tile, 4),
+        "qwen3_5": _grid,
+        "qwen3_5_moe": _grid,
+        "qwen3_vl_moe": _grid,
+        "step3p7": functools.partial(_tile, 1),
+        "video_llama_3": functools.partial(_grid, merges=True),
+        "video_llava": functools.partial(_tile, 16),
+        "vipllava": functools.partial(_tile, 16),
+    }
+)
+"""Pixel layout of each family that is prompted with images."""
+
+TEXT_ONLY: tuple[str, ...] = (
+    "deepseek_ocr2",
+    "deepseek_vl_hybrid",
+    "fuyu",
+    "gemma4",
+    "gemma4_unified",
+    "hunyuan_vl",
+    "granite_docling",
+    "inkling2",
+    "kimi_k25",
+    "kosmos-2.5",
+    "lfm2_vl",
+    "minicpm_ocr",
+    "minicpmv4_6",
+    "minicpmv4_7",
+    "mistral_large4",
+    "molmo2",
+    "unlimited_ocr",
+)
+"""Families whose pixel layout is their own: built, and prompted with text only."""
+
+
+NOT_BUILT: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(["fast_vlm", "gemma3n", "perception_lm"], "vision tower from timm"),
+        **dict.fromkeys(
+            [
+                "florence2",
+                "pix2struct",
+                "pp_formulanet",
+                "t5gemma2",
+                "udop",
+                "vision-encoder-decoder",
+            ],
+            "encoder-decoder: the prompt is not in the decoder's sequence",
+        ),
+        **dict.fromkeys(["chameleon", "emu3"], "image tokens are codes of a learned codebook"),
+        **dict.fromkeys(
+            ["blip", "idefics", "instructblipvideo", "kosmos-2"],
+            "no text-only prompt, and a pixel layout of its own",
+        ),
+        **dict.fromkeys(
+            [
+                "dots3_note",
+                "granite4_vision",
+                "inkling_mm_model",
+                "muse_spark",
+                "qwen2_5_omni_thinker",
+                "qwen3_omni_moe_thinker",
+                "qwen4_exp",
+            ],
+            "the default configuration is incomplete, or has sizes that no field-name rule shrinks",
+        ),
+        "diffusion_gemma": "generates by diffusion over blocks, not token by token",
+        "git": "a post-norm decoder: no final norm to set the scale of the logits by",
+        "nemotron_h_omni": "does not name its output embeddings",
+        "evolla": "reads proteins, not images",
+        "mistral4": "a text-only language model",
+        "pi0": "its outputs are robot actions",
+        "shieldgemma2": "the gemma3 model under another name",
+    }
+)
+"""Image-text-to-text families of transformers that the zoo leaves out, with the reason."""
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of an extra family."""
+    config = _config(name)
+    layout = IMAGES.get(name)
+    mapping: Any = AutoModelForImageTextToText._model_mapping
+    forward = inspect.signature(mapping[type(config)].forward)
+    type_keys = [k for k in ("mm_token_type_ids", "token_type_ids") if k in forward.parameters]
+
+    def types(ids: Tensor, tensors: Inputs) -> Inputs:
+        return {key: (ids == zoo.IMAGE).long()[None] for key in type_keys}
+
+    return Recipe(
+        config=config,
+        look=layout(config) if layout else _no_images,
+        companions=types,
+        per_row=name == "idefics2",
+    )
+
+
+def _no_images(pictures: zoo.Pictures) -> tuple[list[list[int]], Inputs]:
+    raise zoo.Unsupported("a text-only family was given a picture")
+
+
+def _config(name: str) -> PreTrainedConfig:
+    config_class = CONFIG_MAPPING[name]
+    return config_class(**_merge(shrink(config_class().to_dict()), FIELDS.get(name, {})))
+
+
+def shrink(fields: Mapping[str, Any], *, tower: bool = False) -> dict[str, Any]:
+    """Replaces every size in a configuration dictionary by a tiny one, by field name."""
+    return {key: _shrunk(key, value, tower) for key, value in fields.items() if key not in DROPPED}
+
+
+def _shrunk(key: str, value: Any, tower: bool) -> Any:
+    if isinstance(value, Mapping) and "model_type" in value:
+        return shrink(value, tower=not re.search("text|decoder|language", key))
+    if re.search("token_(id|index)$|image_patch_id", key):
+        return _token(key, value)
+    if value is None or isinstance(value, bool):
+        return value
+    if key in DEPTHS and isinstance(value, int):
+        return 2 if tower else zoo.LAYERS
+    if key in HEADS and isinstance(value, int):
+        return 2 if tower else zoo.HEADS
+    if key == "head_dim" and tower:
+        return zoo.HIDDEN // 2
+    if key in SIZES and isinstance(value, (list, tuple)):
+        return [SIZES[key]] * len(value)
+    return SIZES.get(key, value)
+
+
+def _token(key: str, value: int | None) -> int | None:
+    """Moves a special id into the zoo's range; only the image token's place is shared with it."""
+    known = {"pad": zoo.PAD, "bos": zoo.BOS, "eos": None}
+    role = key.split("_")[0]
+    if role in known:
+        return known[role]
+    if re.match("image_(token|patch)", key):
+        return zoo.IMAGE
+    others = zoo.FIRST_TEXT - zoo.VIDEO
+    return None if value is None else zoo.VIDEO + sum(key.encode()) % others
+
+
+def _merge(fields: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides sub-configurations field by field, everything else whole."""
+    merged = dict(fields)
+    for key, value in overrides.items():
+        inside = fields.get(key)
+        if isinstance(inside, dict) and "model_type" in inside:
+            value = _merge(inside, value)
+        merged[key] = value
+    return merged
