@@ -1,0 +1,249 @@
+"""The ``vlm-steer`` command.
+
+Torch and transformers load inside the commands, so that help is instant. Other packages add
+commands through the entry-point group ``vlm_steer.commands``: each entry is a function that takes
+the application and registers its commands on it, and whose module imports nothing heavy.
+"""
+
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import typer
+
+from vlm_steer import __version__
+from vlm_steer.commands.options import (
+    Attn,
+    BatchSize,
+    DeviceMap,
+    Dtype,
+    MaxNewTokens,
+    ModelName,
+    Output,
+    Overrides,
+    Quantization,
+    Revision,
+    Seed,
+)
+from vlm_steer.errors import ConfigError, SteerError, SteerWarning
+
+__all__ = ["build_app", "main"]
+
+COMMANDS_GROUP = "vlm_steer.commands"
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
+    command = typer.main.get_command(build_app())
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            command(args=arguments, prog_name="vlm-steer")
+        except ConfigError as error:
+            _fail(error, 2)
+        except SteerError as error:
+            _fail(error, 1)
+
+
+def build_app() -> typer.Typer:
+    """The application with its own commands and those of installed packages."""
+    app = typer.Typer(
+        name="vlm-steer",
+        help="Make vision-language models look at their image, and measure whether they do.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_version)
+    app.command(epilog="Example: vlm-steer methods var")(methods)
+    app.command(epilog="Example: vlm-steer models --check tiny")(models)
+    app.command(
+        epilog="Example: vlm-steer generate --model tiny --image photo.jpg "
+        "--prompt 'Is there a dog?' --method var --compare"
+    )(generate)
+    for entry in entry_points(group=COMMANDS_GROUP):
+        try:
+            register = entry.load()
+        except (ImportError, AttributeError) as error:
+            typer.echo(
+                f"Warning: the commands of {entry.name!r} ({entry.value}) are missing: {error}",
+                err=True,
+            )
+            continue
+        register(app)
+    return app
+
+
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(help="A method, to see its options.")] = None,
+    as_json: AsJson = False,
+    markdown: Annotated[bool, typer.Option(help="Print the table of the README.")] = False,
+) -> None:
+    """List the methods and presets, or explain one method."""
+    from dataclasses import asdict
+
+    from vlm_steer.commands import catalog, tables
+    from vlm_steer.config import list_presets
+
+    if markdown:
+        typer.echo(catalog.markdown_table())
+    elif name is not None:
+        entry = catalog.entry(name)
+        _print_json(asdict(entry)) if as_json else tables.show_method(entry)
+    else:
+        entries, presets = catalog.entries(), list_presets()
+        if as_json:
+            _print_json({"methods": [asdict(entry) for entry in entries], "presets": presets})
+        else:
+            tables.show_methods(entries, presets)
+
+
+def models(
+    check: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub name of a model: load it and attach every method."),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="With --check: attach this instead of every method.")
+    ] = None,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = "auto",
+    quantization: Quantization = "none",
+    revision: Revision = None,
+    attn: Attn = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the model families that transformers knows, or check what can be done with a model."""
+    from vlm_steer.commands import models as about
+    from vlm_steer.commands import tables
+
+    if check is None:
+        families = about.families()
+        _print_json(families) if as_json else tables.show_families(families)
+        return
+    from vlm_steer.config import resolve
+    from vlm_steer.loading import load_model
+    from vlm_steer.registry import list_methods
+
+    specs = {name: resolve(name) for name in ([method] if method else list_methods())}
+    model, processor = load_model(
+        check,
+        dtype=dtype,
+        device_map=device_map,
+        quantization=quantization,
+        revision=revision,
+        attn=attn,
+    )
+    report = about.check(model, processor, specs)
+    _print_json(report) if as_json else tables.show_check(report)
+
+
+def generate(
+    model: ModelName,
+    image: Annotated[list[Path], typer.Option("--image", help="An image file. Repeatable.")],
+    prompt: Annotated[str, typer.Option("--prompt", help="What to ask about each image.")],
+    method: Annotated[
+        str, typer.Option("--method", help="A method, a preset, a YAML file, or several with '+'.")
+    ] = "none",
+    overrides: Overrides = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Answer without the method too, side by side.")
+    ] = False,
+    num_beams: Annotated[int, typer.Option(min=1, help="Width of beam search.")] = 1,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="Sample at this temperature; 0 does not sample.")
+    ] = None,
+    max_new_tokens: MaxNewTokens = 64,
+    seed: Seed = 0,
+    batch_size: BatchSize = 1,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = "auto",
+    quantization: Quantization = "none",
+    revision: Revision = None,
+    attn: Attn = None,
+    output: Output = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a model about images, with or without steering."""
+    from vlm_steer.commands import tables
+    from vlm_steer.config import apply_overrides, dump, resolve
+    from vlm_steer.images import open_image
+
+    steered = apply_overrides(resolve(method), overrides or [])
+    pictures = [open_image(path) for path in image]
+
+    from vlm_steer.commands.generate import Decoding, answer
+    from vlm_steer.loading import load_model
+
+    loaded, processor = load_model(
+        model,
+        dtype=dtype,
+        device_map=device_map,
+        quantization=quantization,
+        revision=revision,
+        attn=attn,
+    )
+    decoding = Decoding(max_new_tokens, num_beams, temperature, seed)
+    arms = {"none": (), method: steered} if compare else {method: steered}
+    answers = {
+        arm: answer(
+            loaded,
+            processor,
+            pictures,
+            prompt,
+            methods=chosen,
+            decoding=decoding,
+            batch_size=batch_size,
+        )
+        for arm, chosen in arms.items()
+    }
+    report = {
+        "model": model,
+        "prompt": prompt,
+        "images": [str(path) for path in image],
+        "configuration": dump(steered),
+        "answers": {arm: given.texts for arm, given in answers.items()},
+        "effects": answers[method].effects,
+    }
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "generate.json").write_text(json.dumps(report, indent=2) + "\n")
+    _print_json(report) if as_json else tables.show_answers(report, compare=compare)
+
+
+def _print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def _fail(error: Exception, code: int) -> None:
+    typer.echo(f"Error: {error}", err=True)
+    sys.exit(code)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,  # noqa: ARG001 - the signature of warnings.showwarning
+    line: str | None = None,
+) -> None:
+    """Our own warnings as a sentence, all others as Python shows them."""
+    if issubclass(category, SteerWarning):
+        typer.echo(f"Warning: {message}", err=True)
+    else:
+        typer.echo(warnings.formatwarning(message, category, filename, lineno, line), err=True)

@@ -1,0 +1,1 @@
+"""What the commands of ``vlm-steer`` do, and the options they share."""

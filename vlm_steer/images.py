@@ -1,0 +1,57 @@
+"""Opening image files, with errors that name the file and what is wrong with it."""
+
+import os
+import struct
+import zlib
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vlm_steer.errors import DataError
+
+__all__ = ["open_image"]
+
+# Decoders report broken data in all of these ways.
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+
+
+def open_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Open an image file, decoded in full, upright, in RGB.
+
+    Rotation that a camera wrote into the file is applied. The file is closed afterwards.
+
+    Args:
+        path: A file in any format that Pillow reads; of animations, the first frame.
+
+    Raises:
+        DataError: The file is missing, is not an image, is damaged, decodes to a suspiciously
+            large picture, or has more than 8 bits per channel.
+    """
+    name = os.fspath(path)
+    if name.startswith(("http://", "https://")):
+        raise DataError(f"{name} is an address. Download the image and give its file.")
+    if not Path(path).exists():
+        raise DataError(f"image {name} does not exist.")
+    if Path(path).is_dir():
+        raise DataError(f"image {name} is a folder. Give the image files in it.")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            _refuse_deep(image, name)
+            upright = ImageOps.exif_transpose(image) or image
+            return upright.convert("RGB")
+    except UnidentifiedImageError:
+        raise DataError(f"{name} is not an image in a format that Pillow reads.") from None
+    except Image.DecompressionBombError as error:
+        raise DataError(f"image {name} is refused: {error} Scale it down first.") from None
+    except _BROKEN as error:
+        raise DataError(f"image {name} is damaged or incomplete: {error}.") from None
+
+
+def _refuse_deep(image: Image.Image, name: str) -> None:
+    """Refuse what conversion to RGB would clip instead of scaling."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise DataError(
+            f"image {name} has more than 8 bits per channel (mode {image.mode}). Convert it to "
+            "8 bits first, choosing the range to keep."
+        )
