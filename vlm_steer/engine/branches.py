@@ -25,6 +25,7 @@ from vlm_steer.engine.call import Call, Forward, Stream
 from vlm_steer.engine.hooks import Branch, Columns
 from vlm_steer.engine.inputs import (
     add_rows,
+    last_tokens,
     mask_of,
     n_rows,
     n_tokens,
@@ -159,12 +160,7 @@ class _Running:
         """Arguments of this branch's forward over the last ``new`` tokens of the user's stream."""
         tokens = kwargs["input_ids"][:, -new:]
         self.mask = torch.cat([self.mask, self.mask.new_ones((self.mask.shape[0], new))], dim=1)
-        step = {
-            name: value
-            for name, value in kwargs.items()
-            if name not in ("inputs_embeds", "cache_position", "logits_to_keep")
-            and not (self.branch.drop_image and "cross_attention" in name)
-        }
+        step = last_tokens(kwargs, new, keep_cross_attention=not self.branch.drop_image)
         step |= {
             "input_ids": tokens,
             "past_key_values": self.prompt["past_key_values"],
@@ -266,8 +262,12 @@ class Branches:
         return self._join_step(parts)
 
     def _try_to_pair(self, kwargs: dict[str, Any], past: int) -> dict[str, Any] | None:
+        lacks_image = any(running.branch.drop_image for running in self._running)
         can_pair = (
-            self.backend != "separate" and past == 0 and kwargs.get("past_key_values") is not None
+            self.backend != "separate"
+            and past == 0
+            and kwargs.get("past_key_values") is not None
+            and not (lacks_image and self.call.plan.model.has_cross_attention)
         )
         joined = None
         if can_pair:

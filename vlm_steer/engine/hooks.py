@@ -149,7 +149,7 @@ class At:
 
 @dataclass(frozen=True, slots=True)
 class LogitsAt:
-    """What the ``logits`` and ``keep`` hooks see.
+    """What the ``logits`` and ``plausible`` hooks see.
 
     Attributes:
         raw: The positive stream's logits before any method, ``[batch, vocabulary]`` float32.
@@ -280,7 +280,7 @@ class Method:
         """``[batch, vocabulary]`` float32 next-token logits; same shape back."""
         return logits
 
-    def keep(self, at: LogitsAt) -> Tensor | None:
+    def plausible(self, at: LogitsAt) -> Tensor | None:
         """``[batch, vocabulary]`` bool, which tokens stay possible; ``None`` keeps all."""
         return None
 

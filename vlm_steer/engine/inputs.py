@@ -14,6 +14,7 @@ from torch import Tensor
 __all__ = [
     "add_rows",
     "is_per_token",
+    "last_tokens",
     "mask_of",
     "n_rows",
     "n_tokens",
@@ -108,7 +109,8 @@ def without_image(kwargs: Mapping[str, Any], is_kept: Tensor) -> dict[str, Any]:
             continue
         if is_per_token(name, value, rows, tokens) and "cross_attention" not in name:
             index = order.reshape(rows, length, *[1] * (value.ndim - 2))
-            kept[name] = value.gather(1, index.expand(rows, length, *value.shape[2:]))
+            value = value.gather(1, index.expand(rows, length, *value.shape[2:]))
+            kept[name] = _fill(name, value, mask)
         elif not any(word in name for word in _IMAGE_WORDS):
             kept[name] = value
     kept["attention_mask"] = mask.long()
@@ -117,6 +119,25 @@ def without_image(kwargs: Mapping[str, Any], is_kept: Tensor) -> dict[str, Any]:
         counted = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
         kept["position_ids"] = counted.expand(*positions.shape[:-2], rows, length)
     return kept
+
+
+def last_tokens(
+    kwargs: Mapping[str, Any], new: int, *, keep_cross_attention: bool
+) -> dict[str, Any]:
+    """Arguments for a decoding step over the last ``new`` tokens, images left behind."""
+    rows, tokens = n_rows(kwargs), n_tokens(kwargs)
+    step: dict[str, Any] = {}
+    for name, value in kwargs.items():
+        is_cross_mask = "cross_attention" in name
+        if name in ("inputs_embeds", "cache_position", "attention_mask", "position_ids"):
+            continue
+        if is_cross_mask and not keep_cross_attention:
+            continue
+        if is_per_token(name, value, rows, tokens):
+            step[name] = value[:, -new:]
+        elif is_cross_mask or not any(word in name for word in _IMAGE_WORDS):
+            step[name] = value
+    return step
 
 
 def add_rows(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -155,6 +176,23 @@ def add_rows(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return joined
 
 
+def _fill(name: str, value: Tensor, is_token: Tensor) -> Tensor:
+    """Make padding slots harmless: no image token, no image type."""
+    if value.is_floating_point():
+        return value
+    filler = value[:, -1:] if name == "input_ids" else torch.zeros_like(value[:, -1:])
+    is_token = is_token.reshape(*is_token.shape, *[1] * (value.ndim - 2))
+    return torch.where(is_token, value, filler)
+
+
+def _left_pad(name: str, value: Tensor, missing: int) -> Tensor:
+    """Pad ``[batch, tokens, ...]`` on the left; token ids with an id that is surely text."""
+    if missing == 0:
+        return value
+    filler = value[:, -1:] if name == "input_ids" else torch.zeros_like(value[:, -1:])
+    return torch.cat([filler.expand(-1, missing, *value.shape[2:]), value], dim=1)
+
+
 _PER_LAYER_OUTPUTS = ("output_hidden_states", "output_attentions")
 
 
@@ -189,10 +227,7 @@ def _join_tensors(
     if name == "cache_position":
         return values[0]  # type: ignore[no-any-return]
     if all(is_per_token(name, v, rows, n) for v, n in zip(values, lengths, strict=True)):
-        values = [
-            torch.nn.functional.pad(v, (*[0, 0] * (v.ndim - 2), length - v.shape[1], 0))
-            for v in values
-        ]
+        values = [_left_pad(name, v, length - v.shape[1]) for v in values]
     if len({value.shape[1:] for value in values}) > 1:
         return None
     return torch.cat(list(values))
@@ -223,8 +258,9 @@ def _join_encoded(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _join_features(values: Sequence[Any], is_per_layer: bool) -> Any:
+    """Join image features: a tensor, one entry per image, or per layer either of these."""
+    if is_per_layer:
+        return [_join_features(layer, False) for layer in zip(*values, strict=True)]
     if isinstance(values[0], Tensor):
         return torch.cat(list(values))
-    if is_per_layer:
-        return [torch.cat(layer) for layer in zip(*values, strict=True)]
     return [feature for value in values for feature in value]

@@ -103,7 +103,7 @@ class Run:
         if (
             self.branches is not None
             or self.plan.with_hook("logits")
-            or self.plan.with_hook("keep")
+            or self.plan.with_hook("plausible")
         ):
             output = self._with_logits(owner, output)
         self.call.step += 1
@@ -218,11 +218,11 @@ class Run:
 
 
 def _combine(call: Call, logits: Tensor, others: Mapping[str, Tensor]) -> Tensor:
-    """Run the ``logits`` and ``keep`` hooks on ``[batch, vocabulary]``, in order."""
+    """Run the ``logits`` and ``plausible`` hooks on ``[batch, vocabulary]``, in order."""
     raw = logits.float()
     current, keep = raw, None
     for bound in call.plan.bounds:
-        acts = bound.method.overrides("logits") or bound.method.overrides("keep")
+        acts = bound.method.overrides("logits") or bound.method.overrides("plausible")
         if not acts or (bound.branches and not others):
             continue
         at = LogitsAt(
@@ -233,7 +233,7 @@ def _combine(call: Call, logits: Tensor, others: Mapping[str, Tensor]) -> Tensor
             prepared=call.positive.prepared.get(bound.index),
         )
         new = bound.method.logits(current, at)
-        kept = bound.method.keep(at)
+        kept = bound.method.plausible(at)
         if kept is not None:
             keep = kept if keep is None else keep & kept
         if call.is_measured:

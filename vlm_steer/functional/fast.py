@@ -48,8 +48,12 @@ def row_scores(q_rows: Tensor, k: Tensor, *, scale: float) -> Tensor:
     Raises:
         ConfigError: `kv_heads` does not divide `heads`.
     """
-    query = _fold_heads(upcast(q_rows), kv_heads=k.shape[1])
-    scores = (query * scale) @ upcast(k).transpose(-1, -2)
+    if _stays_narrow(k):
+        query = _fold_heads(q_rows.to(k.dtype), kv_heads=k.shape[1])
+        scores = (query @ k.transpose(-1, -2)).float() * scale
+    else:
+        query = _fold_heads(upcast(q_rows), kv_heads=k.shape[1])
+        scores = (query * scale) @ upcast(k).transpose(-1, -2)
     return scores.reshape(*q_rows.shape[:-1], k.shape[-2])
 
 
@@ -66,8 +70,20 @@ def weighted_values(weights: Tensor, v: Tensor) -> Tensor:
     Raises:
         ConfigError: `kv_heads` does not divide `heads`.
     """
-    folded = _fold_heads(upcast(weights), kv_heads=v.shape[1])
-    return (folded @ upcast(v)).reshape(*weights.shape[:-1], v.shape[-1])
+    if _stays_narrow(v):
+        outputs = (_fold_heads(weights.to(v.dtype), kv_heads=v.shape[1]) @ v).float()
+    else:
+        outputs = _fold_heads(upcast(weights), kv_heads=v.shape[1]) @ upcast(v)
+    return outputs.reshape(*weights.shape[:-1], v.shape[-1])
+
+
+def _stays_narrow(cached: Tensor) -> bool:
+    """Whether to multiply half-precision keys or values as they are.
+
+    An accelerator accumulates such products in fp32 anyway, and a copy of the whole cache in
+    fp32 would cost more memory traffic than the attention itself.
+    """
+    return cached.device.type != "cpu" and cached.dtype in (torch.bfloat16, torch.float16)
 
 
 def grouped_attention(

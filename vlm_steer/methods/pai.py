@@ -74,7 +74,7 @@ class PAI(Method):
     def overrides(self, hook: str) -> bool:
         if hook == "scores":
             return self.alpha > 0
-        if hook in ("logits", "keep"):
+        if hook in ("logits", "plausible"):
             return self.gamma > 1
         return super().overrides(hook)
 
@@ -91,5 +91,5 @@ class PAI(Method):
         text_only = at.branches["text_only"].log_softmax(dim=-1)
         return logits.log_softmax(dim=-1) + (self.gamma - 1) * (with_image - text_only)
 
-    def keep(self, at: LogitsAt) -> Tensor | None:
+    def plausible(self, at: LogitsAt) -> Tensor | None:
         return F.plausibility_mask(at.raw, beta=self.beta) if self.beta > 0 else None

@@ -124,11 +124,15 @@ class VAR(Method):
     def weights(self, weights: Tensor, at: At) -> Tensor:
         if at.marks is None:
             return weights
+        is_image = at.columns.is_image
+        # A row that sees no image sink is left alone, whether its window has dropped the sink's
+        # column or only masks it.
+        sees_sink = (weights * (at.marks & is_image)[:, None, None, :]).sum(dim=(1, 3)) > 0
         return F.redistribute_sinks(
             weights,
             at.marks,
-            at.columns.is_image,
-            at.is_row,
+            is_image,
+            at.is_row & sees_sink,
             keep=self.keep,
             max_sink_ratio=self.max_sink_ratio,
             min_image_mass=self.min_image_mass,

@@ -79,7 +79,7 @@ class VCD(Method):
         moved = self.alpha * (at.raw - at.branches["noised"])
         return logits + torch.where(at.raw.isfinite(), moved, 0.0)
 
-    def keep(self, at: LogitsAt) -> Tensor | None:
+    def plausible(self, at: LogitsAt) -> Tensor | None:
         return F.plausibility_mask(at.raw, beta=self.beta) if self.beta > 0 else None
 
 
@@ -102,6 +102,11 @@ def _noised(pixels: Tensor, sizes: tuple[int, ...] | None, *, step: int, seed: i
     noise = [_noise(image, seed) for image in images]
     stacked = torch.cat(noise) if sizes is not None else torch.stack(noise)
     noised = F.diffusion_noise(pixels.float(), stacked.reshape(pixels.shape), step=step)
+    # Images that are zero throughout are padding, which some models recognise by just that.
+    is_padding = [not bool(image.any()) for image in images]
+    if any(is_padding):
+        kept = torch.cat([torch.full_like(i, p) for i, p in zip(images, is_padding, strict=True)])
+        noised = torch.where(kept.reshape(pixels.shape).bool(), pixels.float(), noised)
     return noised.to(pixels.dtype)
 
 

@@ -1,0 +1,191 @@
+"""What the contract tests run: settings of every method, and one method per kind of hook."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.families import zoo
+from vlm_steer.engine.hooks import At, Attends, Branch, LogitsAt, Method, Rows
+
+CI_FAMILIES = ("llava", "qwen2_5_vl", "gemma3", "mllama")
+
+ACTIVE = {
+    "pai": {"method": "pai", "alpha": 0.5, "gamma": 1.0},
+    "pai_guided": {"method": "pai", "alpha": 0.3, "gamma": 1.5},
+    "vcd": {"method": "vcd", "alpha": 0.5, "noise_step": 400},
+    "vhr": {"method": "vhr", "alpha": 1.5},
+    "mma": {"method": "mma"},
+    # Random models have no massive activations: two ordinary dimensions stand in for sinks.
+    "var": {
+        "method": "var",
+        "sink_dims": [1, 2],
+        "tau": 1.5,
+        "max_sink_ratio": 1.0,
+        "min_image_mass": 0.0,
+    },
+    "lookback_ratio": {"method": "lookback_ratio"},
+    "pai+vcd": {"methods": [{"method": "pai", "gamma": 1.0}, {"method": "vcd"}]},
+    "var+vhr": {
+        "methods": [
+            {"method": "var", "sink_dims": [1, 2], "tau": 1.5, "min_image_mass": 0.0},
+            {"method": "vhr"},
+        ]
+    },
+}
+
+NEUTRAL = {
+    "pai": {"method": "pai", "alpha": 0.0, "gamma": 1.0},
+    "vcd": {"method": "vcd", "alpha": 0.0, "beta": 0.0},
+    "vhr": {"method": "vhr", "alpha": 1.0},
+    "var": {"method": "var", "keep": 1.0},
+    "lookback_ratio": {"method": "lookback_ratio"},
+}
+"""Parameters at which a method is the unsteered model. ``mma`` has none: it has no strength."""
+
+REFUSALS = {
+    ("mllama", "mma"): "cross-attention",
+    ("mllama", "var"): "cross-attention",
+    ("mllama", "var+vhr"): "cross-attention",
+}
+"""(family, setting) refused at attach, with a word of the reason. Reviewed: add with care."""
+
+WITHOUT_EFFECT = {
+    ("paligemma", "mma"): "its image rows see the whole prompt already",
+}
+"""(family, setting) that is legal and changes nothing. Reviewed."""
+
+OBSERVERS = {"lookback_ratio"}
+
+
+def families(*, ci: tuple[str, ...] = CI_FAMILIES) -> list[object]:
+    """Families as parameters; those outside the CI subset carry the ``matrix`` mark."""
+    return [
+        name if name in ci else pytest.param(name, marks=pytest.mark.matrix)
+        for name in zoo.FAMILIES
+    ]
+
+
+def spec_for(family: str, setting: str) -> object:
+    """The setting, or a skip where the family refuses it (which a test of its own asserts)."""
+    if (family, setting) in REFUSALS:
+        pytest.skip(f"{setting} refuses {family}: {REFUSALS[family, setting]}")
+    return ACTIVE[setting]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EveryRow(Method):
+    """Forces the code path of every attention hook over all rows, changing nothing."""
+
+    rows: ClassVar[Rows] = "all"
+    attends: ClassVar[Attends] = "both"
+
+    def mask(self, allowed: Tensor, at: At) -> Tensor:
+        return allowed.clone()
+
+    def scores(self, scores: Tensor, at: At) -> Tensor:
+        return scores * 1.0
+
+    def weights(self, weights: Tensor, at: At) -> Tensor:
+        return weights / weights.sum(dim=-1, keepdim=True)
+
+    def heads(self, outputs: Tensor, at: At) -> Tensor:
+        return outputs * 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditedScores(Method):
+    rows: ClassVar[Rows] = "text"
+    attends: ClassVar[Attends] = "both"
+
+    def scores(self, scores: Tensor, at: At) -> Tensor:
+        return scores * 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditedWeights(Method):
+    rows: ClassVar[Rows] = "after_image"
+    attends: ClassVar[Attends] = "image"
+
+    def weights(self, weights: Tensor, at: At) -> Tensor:
+        boosted = weights * torch.where(at.columns.is_image, 2.0, 1.0)[:, None, None]
+        return boosted / boosted.sum(dim=-1, keepdim=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditedHeads(Method):
+    rows: ClassVar[Rows] = "last"
+    attends: ClassVar[Attends] = "both"
+
+    def heads(self, outputs: Tensor, at: At) -> Tensor:
+        return outputs * torch.linspace(0.5, 1.5, outputs.shape[2])[:, None].to(outputs.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditedMask(Method):
+    rows: ClassVar[Rows] = "text"
+
+    def mask(self, allowed: Tensor, at: At) -> Tensor:
+        # Rows lose their view of everything before the instruction except the first tokens.
+        return allowed & ~at.columns.is_image[:, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditedHidden(Method):
+    rows: ClassVar[Rows] = "text"
+
+    def hidden(self, hidden: Tensor, at: At) -> Tensor:
+        return hidden * 1.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditedMlp(Method):
+    rows: ClassVar[Rows] = "all"
+
+    def mlp(self, output: Tensor, at: At) -> Tensor:
+        return output * 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditedLogits(Method):
+    def logits(self, logits: Tensor, at: LogitsAt) -> Tensor:
+        return logits + torch.linspace(-1, 1, logits.shape[-1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoBranches(Method):
+    def branches(self) -> tuple[Branch, ...]:
+        return (
+            Branch("mirrored", pixels=lambda pixels, sizes: pixels.flip(-1)),
+            Branch("text", drop_image=True),
+        )
+
+    def logits(self, logits: Tensor, at: LogitsAt) -> Tensor:
+        return logits - 0.2 * at.branches["mirrored"] - 0.1 * at.branches["text"]
+
+
+for _cls in (
+    EveryRow,
+    EditedScores,
+    EditedWeights,
+    EditedHeads,
+    EditedMask,
+    EditedHidden,
+    EditedMlp,
+    EditedLogits,
+    TwoBranches,
+):
+    _cls.name = _cls.__name__.lower()
+
+HOOKS = {
+    "scores": EditedScores(),
+    "weights": EditedWeights(),
+    "heads": EditedHeads(),
+    "mask": EditedMask(),
+    "hidden": EditedHidden(),
+    "mlp": EditedMlp(),
+    "logits": EditedLogits(),
+    "branches": TwoBranches(),
+}
