@@ -5,7 +5,6 @@ Python users meet the same errors.
 """
 
 import dataclasses
-import functools
 import inspect
 import json
 import os
@@ -178,7 +177,6 @@ def _blaming_option(place: Place, written: Mapping[str, object]) -> Iterator[Non
         raise (place if named is None else place[named]).error(str(error)) from None
 
 
-@functools.cache
 def _hints(cls: "type[Method]") -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)
 

@@ -1,7 +1,8 @@
 """Changing single options of resolved methods, as ``--set`` on the command line does."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from vlm_steer._options import check_values, option_names, refuse_ignored
 from vlm_steer._yaml import Place, parse_yaml
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
 __all__ = ["apply_overrides"]
 
 
-class _Override(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Override:
     """One ``method.option=value`` and the position of its method."""
 
     text: str

@@ -55,12 +55,11 @@ def build_app() -> typer.Typer:
     """The application with its own commands and those of installed packages."""
     app = typer.Typer(
         name="vlm-steer",
-        help="Make vision-language models look at their image, and measure whether they do.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    app.callback()(_version)
+    app.callback()(_options)
     app.command(epilog="Example: vlm-steer methods var")(methods)
     app.command(epilog="Example: vlm-steer models --check tiny")(models)
     app.command(
@@ -80,12 +79,21 @@ def build_app() -> typer.Typer:
     return app
 
 
-def _version(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(__version__)
         raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Make vision-language models look at their image, and measure whether they do."""
 
 
 def methods(
@@ -121,8 +129,8 @@ def models(
         str | None, typer.Option(help="With --check: attach this instead of every method.")
     ] = None,
     dtype: Dtype = "auto",
-    device_map: DeviceMap = "auto",
-    quantization: Quantization = "none",
+    device_map: DeviceMap = None,
+    quantization: Quantization = None,
     revision: Revision = None,
     attn: Attn = None,
     as_json: AsJson = False,
@@ -171,8 +179,8 @@ def generate(
     seed: Seed = 0,
     batch_size: BatchSize = 1,
     dtype: Dtype = "auto",
-    device_map: DeviceMap = "auto",
-    quantization: Quantization = "none",
+    device_map: DeviceMap = None,
+    quantization: Quantization = None,
     revision: Revision = None,
     attn: Attn = None,
     output: Output = None,

@@ -1,8 +1,8 @@
 """What ``vlm-steer generate`` does once its options are read."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,8 +10,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from vlm_steer.engine.steer import steer
-from vlm_steer.errors import SteerError
-from vlm_steer.prompting import decode_answers, encode_prompts
+from vlm_steer.generation import encode, halving, render_prompt, without_prompt
 
 if TYPE_CHECKING:
     from vlm_steer.engine.hooks import Method
@@ -50,7 +49,7 @@ class Decoding:
         }
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Answers:
     """What one arm answered.
 
@@ -59,8 +58,8 @@ class Answers:
         effects: ``effect()`` of every batch.
     """
 
-    texts: list[str] = field(default_factory=list)
-    effects: list[dict[str, Any]] = field(default_factory=list)
+    texts: list[str]
+    effects: list[dict[str, Any]]
 
 
 def answer(
@@ -78,19 +77,26 @@ def answer(
     Raises:
         SteerError: Not even one row fits into memory, or the steering refuses.
     """
-    answers = Answers()
+    effects: list[dict[str, Any]] = []
+    whole_prompt = render_prompt(processor, prompt)
     torch.manual_seed(decoding.seed)
-    with steer(model, methods, processor=processor) as steering:
+    with (
+        steer(model, methods, processor=processor) as steering,
+        tqdm(total=len(images), unit="image", disable=None if len(images) > 1 else True) as bar,
+    ):
 
-        def run(batch: Sequence[Image.Image]) -> None:
-            inputs = encode_prompts(processor, batch, [prompt] * len(batch)).to(model.device)
+        def work(batch: Sequence[Image.Image]) -> list[str]:
+            inputs = encode(processor, [whole_prompt] * len(batch), batch)
+            inputs = inputs.to(model.device, dtype=model.dtype)
             with torch.inference_mode():
                 output = model.generate(**inputs, **decoding.options())
-            answers.texts += decode_answers(processor, output, inputs["input_ids"])
-            answers.effects.append(steering.effect())
+            effects.append(steering.effect())
+            bar.update(len(batch))
+            new = without_prompt(output, inputs["input_ids"])
+            return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
 
-        _in_batches(images, batch_size, run)
-    return answers
+        texts, _ = halving(work, images, batch_size, _tell)
+    return Answers(texts, effects)
 
 
 def summarise(effect: Mapping[str, Any]) -> list[str]:
@@ -110,25 +116,5 @@ def _changed(seen: Mapping[str, Any]) -> str:
     return "; ".join(parts) or "changed nothing"
 
 
-def _in_batches(
-    items: Sequence[Image.Image], size: int, run: Callable[[Sequence[Image.Image]], None]
-) -> None:
-    """Call ``run`` on batches in order, halving their size when memory runs out."""
-    done = 0
-    with tqdm(total=len(items), disable=None if len(items) > 1 else True, unit="image") as bar:
-        while done < len(items):
-            batch = items[done : done + size]
-            try:
-                run(batch)
-            except torch.OutOfMemoryError:
-                if size == 1:
-                    raise SteerError(
-                        "one image does not fit into memory. Try --dtype bfloat16, "
-                        "--quantization 4bit or fewer --max-new-tokens."
-                    ) from None
-                size = max(1, len(batch) // 2)
-                logger.warning("out of memory: going on with --batch-size %d", size)
-                torch.cuda.empty_cache()
-                continue
-            done += len(batch)
-            bar.update(len(batch))
+def _tell(size: int) -> None:
+    logger.warning("out of memory: going on with --batch-size %d", size)

@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 DtypeName: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
-QuantizationName: TypeAlias = Literal["none", "8bit", "4bit"]
+QuantizationName: TypeAlias = Literal["8bit", "4bit"]
 
 _MODEL = "Model"
 
@@ -42,11 +42,15 @@ Dtype = Annotated[
     DtypeName, typer.Option("--dtype", help="Type of the weights.", rich_help_panel=_MODEL)
 ]
 DeviceMap = Annotated[
-    str,
-    typer.Option("--device-map", help="auto, cpu, cuda, cuda:1, ... .", rich_help_panel=_MODEL),
+    str | None,
+    typer.Option(
+        "--device-map",
+        help="auto, cuda, cuda:1, ...; the CPU when omitted.",
+        rich_help_panel=_MODEL,
+    ),
 ]
 Quantization = Annotated[
-    QuantizationName,
+    QuantizationName | None,
     typer.Option(
         "--quantization",
         help="Load weights in fewer bits (needs bitsandbytes).",

@@ -1,0 +1,109 @@
+"""From images and questions to what a model takes, and from what it returns to text."""
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import BatchFeature
+
+from vlm_steer.errors import SteerError
+
+__all__ = ["encode", "halving", "render_prompt", "without_prompt"]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def render_prompt(processor: Any, text: str) -> str:
+    """The whole prompt of a question about one image.
+
+    Args:
+        processor: What ``AutoProcessor.from_pretrained`` returned. Its chat template is used when
+            it has one; otherwise the prompt is its image token, then the question.
+        text: The question.
+    """
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        prompt: str = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        return prompt
+    token = getattr(processor, "image_token", None)
+    return f"{token}\n{text}" if token else text
+
+
+def encode(processor: Any, prompts: Sequence[str], images: Sequence[Image.Image]) -> BatchFeature:
+    """Prepare one image per prompt, padded on the left; on the CPU.
+
+    Args:
+        processor: The model's processor.
+        prompts: Whole prompts, as ``render_prompt`` returns them.
+        images: One image per prompt.
+    """
+    bos = getattr(getattr(processor, "tokenizer", processor), "bos_token", None)
+    # Some chat templates write the token that the tokenizer would add.
+    is_written = bool(bos) and all(prompt.startswith(bos) for prompt in prompts)
+    inputs: BatchFeature = processor(
+        images=[[image] for image in images],
+        text=list(prompts),
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+        **({"add_special_tokens": False} if is_written else {}),
+    )
+    return inputs
+
+
+def without_prompt(output: Tensor, input_ids: Tensor) -> Tensor:
+    """The generated part of what ``generate`` returned, ``[rows, tokens]``.
+
+    Most models repeat the prompt in front; those that are fed embeddings do not.
+    """
+    n_prompt = input_ids.shape[1]
+    repeated = output.shape[1] >= n_prompt and output[:, :n_prompt].equal(
+        input_ids.to(output.device)
+    )
+    return output[:, n_prompt:] if repeated else output
+
+
+def halving(
+    work: Callable[[Sequence[Item]], Sequence[Result]],
+    items: Sequence[Item],
+    size: int,
+    on_halved: Callable[[int], None],
+) -> tuple[list[Result], int]:
+    """Run ``work`` on batches in order, halving their size whenever memory runs out.
+
+    Args:
+        work: Takes a batch and returns one result per item.
+        items: What to work on.
+        size: Size of a batch to begin with, > 0.
+        on_halved: Told every new size.
+
+    Returns:
+        The results in order, and the size that fitted.
+
+    Raises:
+        SteerError: Memory runs out on a single item.
+    """
+    results: list[Result] = []
+    while len(results) < len(items):
+        batch = items[len(results) : len(results) + size]
+        try:
+            results += work(batch)
+            continue
+        except torch.OutOfMemoryError as error:
+            if len(batch) == 1:
+                raise SteerError(
+                    "out of memory with a single item. Lower --max-new-tokens or --num-beams, or load "
+                    "the model with --dtype bfloat16, --quantization 4bit or --device-map auto."
+                ) from error
+        # Only here, since inside the handler the traceback keeps the failed tensors alive.
+        size = max(1, len(batch) // 2)
+        gc.collect()
+        torch.cuda.empty_cache()
+        on_halved(size)
+    return results, size
