@@ -45,7 +45,7 @@ def encode(processor: Any, prompts: Sequence[str], images: Sequence[Image.Image]
     """
     bos = getattr(getattr(processor, "tokenizer", processor), "bos_token", None)
     # Some chat templates write the token that the tokenizer would add.
-    is_written = bool(bos) and all(prompt.startswith(bos) for prompt in prompts)
+    is_written = isinstance(bos, str) and all(prompt.startswith(bos) for prompt in prompts)
     inputs: BatchFeature = processor(
         images=[[image] for image in images],
         text=list(prompts),
@@ -98,8 +98,8 @@ def halving(
         except torch.OutOfMemoryError as error:
             if len(batch) == 1:
                 raise SteerError(
-                    "out of memory with a single item. Lower --max-new-tokens or --num-beams, or load "
-                    "the model with --dtype bfloat16, --quantization 4bit or --device-map auto."
+                    "out of memory with a single item. Lower --max-new-tokens or --num-beams, or "
+                    "load with --dtype bfloat16, --quantization 4bit or --device-map auto."
                 ) from error
         # Only here, since inside the handler the traceback keeps the failed tensors alive.
         size = max(1, len(batch) // 2)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]  # ships no types
 
 from vlm_steer.engine.steer import steer
 from vlm_steer.generation import encode, halving, render_prompt, without_prompt
