@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from vlm_steer.engine.active import ACTIVE
 from vlm_steer.engine.call import Call, Forward, Stream
@@ -70,7 +70,7 @@ class Source:
         raw: What the user passed to ``generate``; ``None`` for a plain forward.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     generate: Callable[..., Any] | None = None
     raw: dict[str, Any] | None = None
 
@@ -118,6 +118,12 @@ class Source:
             self.generate(**{**self.raw, **changes, "past_key_values": None, "use_cache": True})
         except _Captured as captured:
             prompt = captured.kwargs
+        except (ValueError, RuntimeError) as error:
+            raise UnsupportedModelError(
+                "a method needs the whole prompt once more, but the model cannot build it from "
+                f"what was passed to generate(): {error}. When continuing a conversation, pass "
+                "the input_ids and pixel_values of all its turns."
+            ) from error
         else:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__}.generate() ran no forward that the engine knows."
@@ -205,9 +211,9 @@ class Branches:
         self.source = source
         self.backend = backend
         self.is_paired = False
+        self._has_started = False
         self._rows = n_rows(kwargs)
         self._length = n_tokens(kwargs)
-        self._n_seen = past
         with kept_module_state(source.model):
             self._running = [
                 self._build(bound, branch, kwargs, past)
@@ -250,7 +256,8 @@ class Branches:
     # -- one forward ------------------------------------------------------------------------
     def before(self, kwargs: dict[str, Any], past: int) -> dict[str, Any]:
         """Arguments for the user's forward: joined with the branches' when they are paired."""
-        self._is_first = self.call.step == 0
+        self._is_first = not self._has_started
+        self._has_started = True
         if self._is_first:
             joined = self._try_to_pair(kwargs, past)
             self.is_paired = joined is not None
@@ -265,6 +272,7 @@ class Branches:
         lacks_image = any(running.branch.drop_image for running in self._running)
         can_pair = (
             self.backend != "separate"
+            and self.source.raw is not None
             and past == 0
             and kwargs.get("past_key_values") is not None
             and not (lacks_image and self.call.plan.model.has_cross_attention)
@@ -301,10 +309,10 @@ class Branches:
             positions = [p.expand(*p.shape[:-2], rows, p.shape[-1]) for p in positions]
             joined["position_ids"] = torch.cat(positions, dim=-2)
         masks = [part.get("attention_mask") for part in parts]
-        if any(mask is not None for mask in masks):
-            full = next(mask for mask in masks if mask is not None)
-            masks = [torch.ones_like(full) if mask is None else mask for mask in masks]
-            joined["attention_mask"] = torch.cat(masks)
+        given = [mask for mask in masks if mask is not None]
+        if given:
+            unpadded = torch.ones_like(given[0])
+            joined["attention_mask"] = torch.cat([unpadded if m is None else m for m in masks])
         for name, value in parts[0].items():
             if name not in ("input_ids", "position_ids", "attention_mask") and _has_rows(
                 value, self._rows

@@ -304,6 +304,7 @@ class Method:
         unknown = sorted(set(changes) - known)
         if unknown:
             raise ConfigError(
-                f"{self.name} has no option {', '.join(unknown)}. It has {', '.join(sorted(known))}."
+                f"{self.name} has no option {', '.join(unknown)}. "
+                f"It has {', '.join(sorted(known))}."
             )
         return dataclasses.replace(self, **changes)

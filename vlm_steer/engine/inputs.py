@@ -40,9 +40,9 @@ _IMAGE_WORDS = (
 
 def token_tensor(kwargs: Mapping[str, Any]) -> Tensor:
     """The argument that carries the tokens: embeddings where given, else ids."""
-    embeds, ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids")
-    tensor: Tensor = ids if embeds is None else embeds
-    return tensor
+    embeds: Tensor | None = kwargs.get("inputs_embeds")
+    ids: Tensor = kwargs["input_ids"] if embeds is None else embeds
+    return ids
 
 
 def n_tokens(kwargs: Mapping[str, Any]) -> int:

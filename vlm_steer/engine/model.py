@@ -8,7 +8,6 @@ import inspect
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -103,7 +102,7 @@ class ModelInfo:
         start = config.bos_token_id if isinstance(config.bos_token_id, int) else 0
         vocabulary = [i for i in range(1, config.vocab_size) if i not in self.image_token_ids]
         fillers = vocabulary[:: max(len(vocabulary) // n_tokens, 1)][: n_tokens - 1]
-        device = self.model.get_input_embeddings().weight.device
+        device = next(self.model.get_input_embeddings().parameters()).device
         ids = torch.tensor([[start, *fillers]], device=device)
         token = ACTIVE.set(Probe(sites={}, layers=frozenset()))
         try:
@@ -141,7 +140,7 @@ def inspect_model(model: Any) -> ModelInfo:
             f"{type(base).__name__} is an encoder-decoder: its decoder attends to the image "
             "through an encoder. Use a decoder-only vision-language model."
         )
-    decoder = base.get_decoder()
+    decoder: nn.Module = base.get_decoder()  # type: ignore[no-untyped-call]
     sites = {module: site for _, module, site in _attention_modules(decoder)}
     if not sites:
         raise UnsupportedModelError(
@@ -172,14 +171,12 @@ def _attention_modules(decoder: nn.Module) -> Iterator[tuple[str, nn.Module, Att
             yield name, module, AttentionSite(layer, axis)
 
 
-@cache
 def _dispatches_attention(cls: type[nn.Module]) -> bool:
     forward = inspect.unwrap(cls.forward)
     code = getattr(forward, "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
-@cache
 def _is_cross(cls: type[nn.Module]) -> bool:
     return "cross_attention_states" in inspect.signature(cls.forward).parameters
 
@@ -204,9 +201,13 @@ def _owners(model: PreTrainedModel) -> tuple[nn.Module, ...]:
         if module is not model
         and isinstance(module, PreTrainedModel)
         and module.can_generate()
-        and module.get_output_embeddings() is not None
+        and _has_head(module)
     ]
     return (model, *inner)
+
+
+def _has_head(model: PreTrainedModel) -> bool:
+    return model.get_output_embeddings() is not None  # type: ignore[no-untyped-call]
 
 
 def _image_token_ids(model: PreTrainedModel) -> tuple[int, ...]:

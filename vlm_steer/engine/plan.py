@@ -71,6 +71,11 @@ class Plan:
         return tuple(bound for bound in self.bounds if bound.method.overrides(hook))
 
     @property
+    def acts_on_logits(self) -> bool:
+        """Whether any method changes next-token logits."""
+        return bool(self.with_hook("logits") or self.with_hook("plausible"))
+
+    @property
     def has_branches(self) -> bool:
         """Whether any method runs an extra stream."""
         return any(bound.branches for bound in self.bounds)
@@ -89,7 +94,7 @@ def make_plan(methods: Sequence[Method], model: ModelInfo) -> Plan:
             "the model is in training mode, where dropout and gradients would mix with steering. "
             "Call model.eval() first."
         )
-    bounds = []
+    bounds: list[Bound] = []
     seen: dict[str, Method] = {}
     for method in methods:
         if method.name in seen:

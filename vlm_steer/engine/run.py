@@ -13,7 +13,7 @@ from vlm_steer.engine.active import ACTIVE, Probe
 from vlm_steer.engine.branches import Backend, Branches, Source, kept_module_state
 from vlm_steer.engine.call import Call, Forward, Stream
 from vlm_steer.engine.hooks import Columns, LogitsAt, Reference
-from vlm_steer.engine.inputs import mask_of, n_rows, n_tokens, without_image
+from vlm_steer.engine.inputs import mask_of, n_rows, n_tokens, pixel_name, without_image
 from vlm_steer.engine.layout import Layout
 from vlm_steer.engine.plan import Bound, Plan
 from vlm_steer.errors import UnsupportedModelError
@@ -85,6 +85,8 @@ class Run:
         if self.call is None:
             self.call = self._open(owner, kwargs)
             self._watch(cache)
+        elif self._past > 0 and n_tokens(kwargs) > 1 and self.source.raw is None:
+            self.call = self._next_turn(self.call, kwargs)
         if self.branches is not None:
             kwargs = self.branches.before(kwargs, self._past)
         streams: tuple[Stream, ...] = (self.call.positive,)
@@ -162,6 +164,27 @@ class Run:
             mask = mask[:, -ids.shape[1] :]
         return Layout.from_ids(ids, mask, self.plan.model.image_token_ids)
 
+    def _next_turn(self, call: Call, kwargs: dict[str, Any]) -> Call:
+        """A plain forward that puts several new tokens behind a cache: the prompt grows."""
+        if self.branches is not None and pixel_name(kwargs) is not None:
+            raise UnsupportedModelError(
+                "a contrast cannot take a new image in the middle of a cache. Use generate() with "
+                "the input_ids and pixel_values of the whole conversation."
+            )
+        before = call.positive.layout
+        kinds = before.upto(self._past).clone()
+        added = Layout.from_ids(kwargs["input_ids"], None, self.plan.model.image_token_ids).prompt
+        if before.has_image:
+            kinds[kinds == Columns.GENERATED] = Columns.INSTRUCTION
+            added = torch.where(added == Columns.SYSTEM, Columns.INSTRUCTION, added)
+        else:
+            kinds[kinds == Columns.GENERATED] = Columns.SYSTEM
+        layout = Layout.from_kinds(torch.cat([kinds, added.to(kinds.dtype)], dim=1))
+        stream = Stream("positive", layout, marks=dict(call.positive.marks))
+        stream.prepared = call.positive.prepared
+        stream.memo = dict(call.positive.memo)
+        return Call(self.plan, stream)
+
     def _prepare(self, call: Call, owner: nn.Module, kwargs: dict[str, Any], bound: Bound) -> Any:
         def head_outputs_without_image(layers: tuple[int, ...]) -> dict[int, Tensor]:
             kinds = call.positive.layout.prompt
@@ -205,7 +228,8 @@ class Run:
                 "a method acts on logits, but the model returned none. Call it with "
                 "return_dict=True."
             )
-        logits, others = output.logits, {}
+        logits: Tensor = output.logits
+        others: dict[str, Tensor] = {}
         if self.branches is not None:
             logits, others = self.branches.after(owner, self._mine, logits, self._past)
         steered = _combine(call, logits[:, -1], others)

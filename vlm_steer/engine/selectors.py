@@ -98,7 +98,7 @@ def _indices(selector: Selector, size: int) -> list[int]:
             return list(range(size - count, size))
         return [index for part in value for index in _indices(part, size)]
     start, stop = selector
-    return list(range(_edge(start, size), size if stop is None else _edge(stop, size)))  # type: ignore[arg-type]
+    return list(range(_edge(start, size), size if stop is None else _edge(stop, size)))
 
 
 def _edge(edge: int | float, size: int) -> int:

@@ -137,7 +137,7 @@ class Steering:
         Raises:
             SteerError: The output did not come from this steering, or beams cannot be traced.
         """
-        call = self._call_of(output)
+        call: Call = self._call_of(output)
         beams = getattr(output, "beam_indices", None)
         if beams is None:
             rows = _n_sequences(output)
@@ -192,9 +192,9 @@ class Steering:
             if self._last is None:
                 raise SteerError("records(): nothing was generated under this steering yet.")
             return self._last
-        for reference, call in reversed(self._outputs):
+        for reference, known in reversed(self._outputs):
             if reference() is output:
-                return call
+                return known
         raise SteerError(
             "records(output): this output was not among the last "
             f"{_HISTORY} generated under this steering. Call records() right after generate()."
@@ -237,14 +237,14 @@ def attach(model: Any, spec: Any, *, processor: Any = None, backend: Backend = "
         model: A transformers vision-language model, or a PEFT model around one.
         spec: ``"var"``, ``"var+vcd"``, a list, a mapping, a YAML path, a method object, or
             ``None`` for none.
-        processor: The model's processor, for methods that need to tokenise text.
+        processor: The model's processor, if at hand: its image token must be the model's.
         backend: How contrast branches run, see ``vlm_steer.engine.branches``.
 
     Raises:
         ConfigError: The specification is wrong.
         UnsupportedModelError: The model cannot be steered this way.
     """
-    return _install(model, spec, processor, backend, is_attached=True)
+    return _install(model, spec, backend, processor, is_attached=True)
 
 
 @contextmanager
@@ -265,7 +265,7 @@ def steer(
     Yields:
         The steering, with ``status()``, ``update()``, ``effect()`` and ``records()``.
     """
-    steering = _install(model, spec, processor, backend, is_attached=False)
+    steering = _install(model, spec, backend, processor, is_attached=False)
     token = _CONTEXT.set((*_CONTEXT.get(), steering))
     try:
         yield steering
@@ -280,18 +280,31 @@ _INSTALLED: "weakref.WeakKeyDictionary[nn.Module, _Installation]" = weakref.Weak
 
 
 def _install(
-    model: Any, spec: Any, processor: Any, backend: Backend, *, is_attached: bool
+    model: Any, spec: Any, backend: Backend, processor: Any, *, is_attached: bool
 ) -> Steering:
     from vlm_steer.config import resolve
 
     methods = resolve(spec)
     base = unwrap(model)
+    _check_processor(processor, base)
     with _LOCK:
         installation = _INSTALLED.get(base) or _Installation(inspect_model(base))
         steering = Steering(installation, methods, backend)
         installation.add(steering, is_attached=is_attached)
         _INSTALLED[base] = installation
     return steering
+
+
+def _check_processor(processor: Any, model: nn.Module) -> None:
+    token_id = getattr(processor, "image_token_id", None)
+    if not isinstance(token_id, int):
+        return
+    known = inspect_model(model).image_token_ids
+    if token_id not in known:
+        raise ConfigError(
+            f"the processor's image token is {token_id}, but the model's is "
+            f"{' or '.join(map(str, known))}. Load both from the same checkpoint."
+        )
 
 
 class _Installation:
@@ -335,7 +348,7 @@ class _Installation:
             self._handles.append(mlp.register_forward_hook(_editor("mlp", index)))
         model = self.info.model
         self._own_generate = vars(model).get("generate")
-        model.generate = self._bracket(model.generate)
+        model.generate = self._bracket(model.generate)  # type: ignore
 
     def _take_off(self) -> None:
         for handle in self._handles:
@@ -421,7 +434,12 @@ class _Installation:
             return None
         cache = kwargs.get("past_key_values")
         earlier = self._earlier(cache)
-        if earlier is not None and cache.get_seq_length() > 0 and earlier.plan is steering.plan:
+        if (
+            earlier is not None
+            and cache is not None
+            and cache.get_seq_length() > 0
+            and earlier.plan is steering.plan
+        ):
             return earlier
         return steering.new_run(Source(self.info.model), earlier)
 

@@ -94,7 +94,7 @@ def _noised(pixels: Tensor, sizes: tuple[int, ...] | None, *, step: int, seed: i
         seed: Seed of the noise.
     """
     if sizes is not None:
-        images = list(pixels.split(sizes))
+        images = list(torch.split(pixels, list(sizes)))
     elif pixels.ndim == 5:
         images = list(pixels.flatten(0, 1))
     else:
