@@ -56,8 +56,15 @@ class Reading:
 class Normaliser(Protocol):
     """Turns captions into object mentions."""
 
-    name: str
-    vocabulary: ObjectVocabulary
+    @property
+    def name(self) -> str:
+        """The word that selects it."""
+        ...
+
+    @property
+    def vocabulary(self) -> ObjectVocabulary:
+        """Its surfaces and their objects."""
+        ...
 
     def read(self, caption: str) -> Reading:
         """Read one caption."""

@@ -1,0 +1,104 @@
+"""The generation log: append-only JSON lines that survive a kill, keyed by content."""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from vlm_steer.errors import DataError
+
+from .files import reporting_write_errors
+
+__all__ = ["GenerationLog", "content_key"]
+
+
+def content_key(parts: Mapping[str, Any]) -> str:
+    """SHA-256 of plain data, independent of the order of its keys."""
+    canonical = json.dumps(parts, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+class GenerationLog:
+    """Records by key, in a file that only grows; use as a context manager.
+
+    A batch is appended with one write and flushed to disk, so that a kill can tear its last line
+    only. Opening cuts a torn line off and forgets it; the batch is then generated again.
+
+    Args:
+        path: the file; created with its folder where absent.
+
+    Raises:
+        DataError: another process holds the log, a line in the middle is damaged, or the disk is
+            full.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: dict[str, dict[str, Any]] = {}
+        self.repaired = False
+
+    def __enter__(self) -> Self:
+        with reporting_write_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("ab+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise DataError(
+                f"{self.path} is being written by another run; wait for it, or give another "
+                "--output"
+            ) from error
+        try:
+            self._read()
+        except DataError:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Write records, each with its `key`, and flush them to disk.
+
+        Raises:
+            DataError: the disk is full; what was logged before is intact.
+        """
+        fresh = [dict(record) for record in records]
+        lines = "".join(
+            json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in fresh
+        )
+        with reporting_write_errors(self.path):
+            self._file.write(lines.encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self.records.update((record["key"], record) for record in fresh)
+
+    def _read(self) -> None:
+        self._file.seek(0)
+        content = self._file.read()
+        whole, _, torn = content.rpartition(b"\n")
+        if torn:
+            with reporting_write_errors(self.path):
+                self._file.truncate(len(content) - len(torn))
+            self.repaired = True
+        for number, line in enumerate(whole.split(b"\n") if whole else (), 1):
+            try:
+                record = json.loads(line)
+                self.records[record["key"]] = record
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(
+                    f"{self.path}, line {number} is damaged ({error}); delete that line to "
+                    "generate it "
+                    "again, or give another --output"
+                ) from error

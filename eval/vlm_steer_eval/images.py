@@ -1,0 +1,144 @@
+"""Images by reference: where one comes from, what it contains, what is wrong with it."""
+
+import hashlib
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image, UnidentifiedImageError
+
+from vlm_steer.errors import DataError
+from vlm_steer.images import open_image
+
+__all__ = ["BytesImage", "FileImage", "ImageError", "ImageSource", "SceneImage"]
+
+
+class ImageError(DataError):
+    """One image cannot be used; the run goes on without it."""
+
+
+class ImageSource(Protocol):
+    """An image that is read when it is needed."""
+
+    @property
+    def name(self) -> str:
+        """What users call it: a path, a file name, an id."""
+        ...
+
+    def digest(self) -> str:
+        """SHA-256 of its content, hexadecimal.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        ...
+
+    def load(self) -> Image.Image:
+        """Its pixels, RGB.
+
+        Raises:
+            ImageError: it is missing, truncated or no image.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class FileImage:
+    """An image file."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """Its path."""
+        return str(self.path)
+
+    def digest(self) -> str:
+        """SHA-256 of the file."""
+        return hashlib.sha256(self._read()).hexdigest()
+
+    def load(self) -> Image.Image:
+        """Decode the file, upright."""
+        self._read()
+        try:
+            return open_image(self.path)
+        except DataError as error:
+            raise ImageError(f"{error} Replace the file.") from error
+
+    def _read(self) -> bytes:
+        try:
+            return self.path.read_bytes()
+        except FileNotFoundError as error:
+            raise ImageError(
+                f"image {self.path} does not exist; check the image folder, or put the file there"
+            ) from error
+        except OSError as error:
+            raise ImageError(f"image {self.path} cannot be read ({error.strerror})") from error
+
+
+@dataclass(frozen=True)
+class BytesImage:
+    """An encoded image in memory, as a row of a data set holds it."""
+
+    name: str
+    content: bytes = field(repr=False)
+
+    def digest(self) -> str:
+        """SHA-256 of the encoded bytes."""
+        return hashlib.sha256(self.content).hexdigest()
+
+    def load(self) -> Image.Image:
+        """Decode the bytes."""
+        return _decode(self.content, self.name)
+
+    @classmethod
+    def from_cell(cls, cell: Any, name: str) -> "BytesImage":
+        """From what `datasets` stores under an undecoded image column.
+
+        Raises:
+            ImageError: the cell holds neither bytes nor the path of a readable file.
+        """
+        if isinstance(cell, Mapping) and isinstance(cell.get("bytes"), bytes):
+            return cls(name, cell["bytes"])
+        if isinstance(cell, Mapping) and cell.get("path"):
+            return cls(name, FileImage(Path(str(cell["path"])))._read())
+        raise ImageError(f"image {name}: expected an image column, found {type(cell).__name__}")
+
+
+@dataclass(frozen=True)
+class SceneImage:
+    """A scene of the embedded world."""
+
+    split: str
+    image_id: int
+
+    @property
+    def name(self) -> str:
+        """Split and image id."""
+        return f"{self.split}/{self.image_id}"
+
+    def digest(self) -> str:
+        """SHA-256 of the pixels."""
+        return hashlib.sha256(self.load().tobytes()).hexdigest()
+
+    def load(self) -> Image.Image:
+        """Paint the scene."""
+        from vlm_steer.tiny.scenes import image
+
+        return image(self.split, self.image_id)
+
+
+def _decode(content: bytes, name: str) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return image.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            f"image {name} is not an image ({len(content)} bytes); replace the file"
+        ) from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ImageError(
+            f"image {name} is truncated or damaged ({error}); replace the file"
+        ) from error

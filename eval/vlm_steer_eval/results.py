@@ -1,0 +1,205 @@
+"""From answers to scores: intervals per arm and split, paired differences, parser sensitivity."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .arms import BASELINE
+from .metrics import compare, summarise
+from .runner import RunResult
+from .scoring import parser_sensitivity
+from .stats import holm, mcnemar
+from .tasks import Item, Scored, Task
+
+__all__ = ["ALL", "auroc", "evaluate", "sample_rows", "score_all"]
+
+ALL = "all"
+"""All splits pooled."""
+
+Scores = dict[str, dict[str, Scored]]
+
+
+def score_all(task: Task, run: RunResult) -> Scores:
+    """Score every answer: arm -> item id -> score."""
+    items = {item.id: item for item in task.items}
+    return {
+        arm: {name: task.score(items[name], record["text"]) for name, record in records.items()}
+        for arm, records in run.records.items()
+    }
+
+
+def evaluate(
+    task: Task, run: RunResult, scores: Scores, *, n_resamples: int = 10_000, seed: int = 0
+) -> dict[str, Any]:
+    """The contents of `scores.json`.
+
+    Args:
+        task: the benchmark.
+        run: its answers.
+        scores: from `score_all`.
+        n_resamples: bootstrap resamples and relabellings, > 0.
+        seed: seed of both.
+
+    Returns:
+        `arms`: arm -> split -> `metrics`, `n`, truncated and (for yes/no tasks) `auroc`;
+        `differences`: arm -> split -> metric -> paired difference against `none` with interval, p,
+            and p
+        after Holm's correction over the arms; and what else there is to know about the run.
+    """
+    usable = [item for item in task.items if item.id in run.records[BASELINE]]
+    splits = _splits(usable)
+    result: dict[str, Any] = {
+        "benchmark": task.name,
+        **task.scoring,
+        "baseline": BASELINE,
+        "n_items": len(usable),
+        "n_images": len({item.cluster for item in usable}),
+        "arms": {
+            arm: {
+                name: _summary(task, items, run.records[arm], scores[arm], n_resamples, seed)
+                for name, items in splits.items()
+            }
+            for arm in run.records
+        },
+        "differences": {
+            arm: {
+                name: _difference(task, items, scores[BASELINE], scores[arm], n_resamples, seed)
+                for name, items in splits.items()
+            }
+            for arm in run.records
+            if arm != BASELINE
+        },
+        "changed_nothing": _idle_arms(run),
+        "notes": {arm: notes for arm, notes in run.notes.items() if notes},
+        "excluded": run.failures,
+    }
+    _adjust(result["differences"])
+    if task.first_token_words is not None:
+        result["parsers"] = {
+            arm: parser_sensitivity(
+                [records[item.id]["text"] for item in usable],
+                [item.gold["label"] for item in usable],
+            )
+            for arm, records in run.records.items()
+        }
+    return result
+
+
+def sample_rows(task: Task, run: RunResult, scores: Scores) -> list[dict[str, Any]]:
+    """One row per answer: what was asked, what came back, and how it was read."""
+    return [
+        {
+            "arm": arm,
+            "item": item.id,
+            "split": item.split,
+            "image": item.image.name,
+            **{key: value for key, value in record.items() if key not in ("arm", "item", "key")},
+            **scores[arm][item.id].details,
+        }
+        for arm, records in run.records.items()
+        for item in task.items
+        if (record := records.get(item.id)) is not None
+    ]
+
+
+def auroc(margins: Sequence[float | None], positives: Sequence[bool]) -> float | None:
+    """Probability that a positive's margin exceeds a negative's, ties counting half.
+
+    None where either side is missing, or no margin was measured.
+    """
+    known = [(m, p) for m, p in zip(margins, positives, strict=True) if m is not None]
+    n_positive = sum(p for _, p in known)
+    n_negative = len(known) - n_positive
+    if not n_positive or not n_negative:
+        return None
+    values = np.array([m for m, _ in known])
+    is_positive = np.array([p for _, p in known])
+    _, index, count = np.unique(values, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(count) - (count - 1) / 2)[index]
+    above = ranks[is_positive].sum() - n_positive * (n_positive + 1) / 2
+    return float(above / (n_positive * n_negative))
+
+
+def _splits(items: Sequence[Item]) -> dict[str, list[Item]]:
+    splits: dict[str, list[Item]] = {}
+    for item in items:
+        splits.setdefault(item.split, []).append(item)
+    return splits if len(splits) == 1 else {**splits, ALL: list(items)}
+
+
+def _summary(
+    task: Task,
+    items: Sequence[Item],
+    records: Mapping[str, Mapping[str, Any]],
+    scores: Mapping[str, Scored],
+    n_resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    summary: dict[str, Any] = {
+        "n": len(items),
+        "metrics": summarise(
+            task.metrics,
+            [scores[item.id].counts for item in items],
+            [item.cluster for item in items],
+            n_resamples=n_resamples,
+            seed=seed,
+        ),
+        "truncated": sum(records[item.id]["truncated"] for item in items),
+        "empty": sum(not records[item.id]["text"] for item in items),
+    }
+    if task.first_token_words is not None:
+        summary["auroc"] = auroc(
+            [records[item.id]["margin"] for item in items],
+            [item.gold["label"] == "yes" for item in items],
+        )
+    return summary
+
+
+def _difference(
+    task: Task,
+    items: Sequence[Item],
+    baseline: Mapping[str, Scored],
+    treated: Mapping[str, Scored],
+    n_resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    before = [baseline[item.id].counts for item in items]
+    after = [treated[item.id].counts for item in items]
+    clusters = [item.cluster for item in items]
+    table = compare(task.metrics, before, after, clusters, n_resamples=n_resamples, seed=seed)
+    for metric in ("accuracy", "CHAIRs"):
+        if metric in table:
+            outcomes = [
+                (_is_right(metric, task, a), _is_right(metric, task, b))
+                for a, b in zip(before, after, strict=True)
+            ]
+            only_before = sum(a and not b for a, b in outcomes)
+            only_after = sum(b and not a for a, b in outcomes)
+            table[metric]["mcnemar_p"] = mcnemar(only_before, only_after).exact_p
+    return table
+
+
+def _is_right(metric: str, task: Task, counts: Sequence[float]) -> bool:
+    """Whether an answer is correct, or a caption free of hallucinations."""
+    row = dict(zip(task.metrics.columns, counts, strict=True))
+    return bool(row["TP"] or row["TN"]) if metric == "accuracy" else not row["hallucinating"]
+
+
+def _adjust(differences: Mapping[str, Mapping[str, Mapping[str, dict[str, Any]]]]) -> None:
+    """Add Holm's adjusted p over the arms, separately for every split and metric."""
+    arms = list(differences)
+    for split in differences[arms[0]] if arms else ():
+        for metric in differences[arms[0]][split]:
+            entries = [differences[arm][split][metric] for arm in arms]
+            tested = [entry for entry in entries if entry["p"] is not None]
+            for entry, p in zip(tested, holm([e["p"] for e in tested]), strict=True):
+                entry["p_holm"] = p
+
+
+def _idle_arms(run: RunResult) -> list[str]:
+    return [
+        arm
+        for arm, records in run.records.items()
+        if arm != BASELINE and not any(record["changed"] for record in records.values())
+    ]

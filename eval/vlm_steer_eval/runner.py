@@ -1,0 +1,276 @@
+"""Run the arms of a benchmark: generate what is not logged yet, and log it at once."""
+
+import json
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm  # type: ignore[import-untyped]  # ships no types
+
+import vlm_steer
+from vlm_steer.errors import DataError, SteerWarning
+from vlm_steer.generation import halving, render_prompt
+
+from .arms import Arm
+from .files import reporting_write_errors, write_json
+from .fingerprint import model_fingerprint, versions
+from .generation import Generator, Output, Settings, item_seed
+from .genlog import GenerationLog, content_key
+from .images import ImageError
+from .tasks import Item, Task
+
+__all__ = ["RunResult", "run_arms"]
+
+LOG_NAME = "generations.jsonl"
+TIMINGS_NAME = "timings.jsonl"
+
+
+@dataclass
+class RunResult:
+    """What a run has produced.
+
+    Attributes:
+        records: arm -> item id -> log record.
+        failures: items left out of every arm, with the reason.
+        notes: arm -> what the steering had to say, such as that it changed nothing.
+        n_generated: answers generated now, rather than found in the log.
+        provenance: model, settings, versions and resolved configurations.
+    """
+
+    records: dict[str, dict[str, dict[str, Any]]]
+    failures: list[dict[str, str]]
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    n_generated: int = 0
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def run_arms(
+    task: Task,
+    arms: Sequence[Arm],
+    model: Any,
+    processor: Any,
+    *,
+    model_name: str,
+    settings: Settings,
+    batch_size: int,
+    output: Path,
+) -> RunResult:
+    """Generate every arm's answers to every item, continuing an earlier run in the same folder.
+
+    An answer is taken from the log when everything it depends on is equal: the model, the resolved
+    methods, the prompt, the image's bytes, the settings and the library versions. A batch is always
+    generated as a whole, so that continuing a run gives what an uninterrupted run would have given.
+
+    Args:
+        task: the benchmark.
+        arms: what to compare, from `parse_arms`.
+        model: an image-text-to-text model.
+        processor: its processor.
+        model_name: what the user calls the model.
+        settings: how to generate.
+        batch_size: items per batch, > 0; halved when memory runs out.
+        output: folder of the log.
+
+    Raises:
+        DataError: every image is unusable, another run is writing to the folder, or the disk is
+            full.
+        SteerError: memory runs out with a batch of one, or the model cannot be steered as asked.
+    """
+    digests, failures = _check_images(task.items)
+    usable = [item for item in task.items if item.id in digests]
+    if not usable:
+        raise DataError(
+            f"none of the {len(task.items)} items has a usable image; the first problem: "
+            f"{failures[0]['error'] if failures else 'there are no items'}"
+        )
+    provenance = {
+        "benchmark": task.name,
+        "model": model_fingerprint(model, model_name),
+        "settings": settings.as_dict(),
+        "versions": versions(),
+        "methods": {arm.name: arm.config for arm in arms},
+    }
+    write_json(output / "run.json", provenance)
+    result = RunResult({}, failures, provenance=provenance)
+    generator = Generator(model, processor, settings, task.first_token_words)
+    with GenerationLog(output / LOG_NAME) as log:
+        for arm in arms:
+            worker = _ArmRun(arm, generator, log, output, batch_size, digests, provenance)
+            with _noting(result.notes.setdefault(arm.name, [])):
+                result.records[arm.name] = worker.run(usable)
+            result.n_generated += worker.n_generated
+    return result
+
+
+class _ArmRun:
+    """One arm over all items."""
+
+    def __init__(
+        self,
+        arm: Arm,
+        generator: Generator,
+        log: GenerationLog,
+        output: Path,
+        batch_size: int,
+        digests: Mapping[str, str],
+        provenance: Mapping[str, Any],
+    ) -> None:
+        self._arm = arm
+        self._generator = generator
+        self._log = log
+        self._timings = output / TIMINGS_NAME
+        self._batch_size = batch_size
+        self._digests = digests
+        self._common = {name: provenance[name] for name in ("model", "settings", "versions")} | {
+            "methods": arm.config
+        }
+        self.n_generated = 0
+
+    def run(self, items: Sequence[Item]) -> dict[str, dict[str, Any]]:
+        """Records by item id."""
+        prompts = {item.id: render_prompt(self._generator.processor, item.prompt) for item in items}
+        keys = {item.id: self._key(item, prompts[item.id]) for item in items}
+        # By length, so that little is padded; by content, so that the order given does not matter.
+        ordered = sorted(items, key=lambda item: (len(prompts[item.id]), item.id))
+        size = self._batch_size
+        batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        known = self._log.records
+        pending = [batch for batch in batches if any(keys[i.id] not in known for i in batch)]
+        self._generate(pending, prompts, keys)
+        return {item.id: self._log.records[keys[item.id]] for item in items}
+
+    def _generate(
+        self, batches: Sequence[Sequence[Item]], prompts: Mapping[str, str], keys: Mapping[str, str]
+    ) -> None:
+        model, processor = self._generator.model, self._generator.processor
+        size = self._batch_size
+        total = sum(map(len, batches))
+        with (
+            vlm_steer.steer(model, self._arm.methods or None, processor=processor) as steering,
+            tqdm(
+                total=total, desc=self._arm.name, unit="answer", disable=None if total else True
+            ) as bar,
+        ):
+            for batch in batches:
+                start = time.perf_counter()
+                outputs, size = halving(
+                    lambda chunk: self._answer(chunk, prompts), batch, size, _tell_halved
+                )
+                seconds = time.perf_counter() - start
+                changed = _changed_something(steering.effect()) if self._arm.methods else None
+                fresh = [
+                    self._record(item, keys[item.id], prompts[item.id], answer, changed)
+                    for item, answer in zip(batch, outputs, strict=True)
+                    if keys[item.id] not in self._log.records
+                ]
+                self._log.append(fresh)
+                self._log_time(outputs, seconds)
+                self.n_generated += len(fresh)
+                bar.update(len(batch))
+
+    def _answer(self, items: Sequence[Item], prompts: Mapping[str, str]) -> list[Output]:
+        images = [item.image.load() for item in items]
+        with torch.inference_mode():
+            return self._generator(
+                [prompts[item.id] for item in items], images, [item.id for item in items]
+            )
+
+    def _key(self, item: Item, prompt: str) -> str:
+        return content_key(
+            {
+                **self._common,
+                "item": item.id,
+                "prompt": prompt,
+                "image": self._digests[item.id],
+            }
+        )
+
+    def _record(
+        self, item: Item, key: str, prompt: str, answer: Output, changed: bool | None
+    ) -> dict[str, Any]:
+        settings = self._generator.settings
+        return {
+            "key": key,
+            "arm": self._arm.name,
+            "item": item.id,
+            "prompt": prompt,
+            "text": answer.text,
+            "tokens": answer.n_tokens,
+            "truncated": answer.truncated,
+            "margin": answer.margin,
+            "seed": item_seed(settings.seed, item.id) if settings.temperature else None,
+            "layout": answer.layout,
+            "batch": answer.batch,
+            "changed": changed,
+        }
+
+    def _log_time(self, outputs: Sequence[Output], seconds: float) -> None:
+        row = {
+            "arm": self._arm.name,
+            "answers": len(outputs),
+            "tokens": sum(output.n_tokens for output in outputs),
+            "seconds": round(seconds, 4),
+        }
+        with (
+            reporting_write_errors(self._timings),
+            self._timings.open("a", encoding="utf-8") as file,
+        ):
+            file.write(json.dumps(row) + "\n")
+
+
+def _check_images(items: Sequence[Item]) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """Content hashes by item, and the items whose image cannot be decoded.
+
+    Every image is decoded once up front: a bad file is reported now and not hours later.
+    """
+    seen: dict[Any, str | ImageError] = {}
+    digests: dict[str, str] = {}
+    failures: list[dict[str, str]] = []
+    for item in tqdm(items, desc="images", unit="item", disable=None, leave=False):
+        if item.image not in seen:
+            try:
+                item.image.load()
+                seen[item.image] = item.image.digest()
+            except ImageError as error:
+                seen[item.image] = error
+        found = seen[item.image]
+        if isinstance(found, ImageError):
+            failures.append({"item": item.id, "image": item.image.name, "error": str(found)})
+        else:
+            digests[item.id] = found
+    return digests, failures
+
+
+def _changed_something(effect: Mapping[str, Any]) -> bool:
+    return any(
+        bool(seen["probability_moved"])
+        or any(touch["rows"] > 0 for touch in seen["layers"].values())
+        for seen in effect.values()
+    )
+
+
+def _tell_halved(size: int) -> None:
+    warnings.warn(f"out of memory: continuing with --batch-size {size}", SteerWarning, stacklevel=2)
+
+
+@contextmanager
+def _noting(notes: list[str]) -> Iterator[None]:
+    """Collect the steering's warnings; pass all others on."""
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", SteerWarning)
+            yield
+    finally:
+        for warning in caught:
+            if issubclass(warning.category, SteerWarning):
+                if str(warning.message) not in notes:
+                    notes.append(str(warning.message))
+            else:
+                warnings.warn_explicit(
+                    warning.message, warning.category, warning.filename, warning.lineno
+                )
