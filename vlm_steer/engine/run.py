@@ -102,11 +102,7 @@ class Run:
         if not isinstance(forward, Forward) or output is None or self.call is None:
             return output
         self._record(forward)
-        if (
-            self.branches is not None
-            or self.plan.with_hook("logits")
-            or self.plan.with_hook("plausible")
-        ):
+        if self.plan.acts_on_logits:
             output = self._with_logits(owner, output)
         self.call.step += 1
         return output

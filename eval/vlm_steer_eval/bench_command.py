@@ -1,0 +1,79 @@
+"""``vlm-steer bench``: what steering costs on this machine."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add ``bench`` to the application."""
+    bench = typer.Typer(help="Measure what steering costs on this machine.", no_args_is_help=True)
+    bench.command(
+        epilog="Example: vlm-steer bench overhead --image-tokens 576 --image-tokens 2304"
+    )(overhead)
+    app.add_typer(bench, name="bench")
+
+
+def overhead(
+    methods: Annotated[
+        str, typer.Option(help="Settings to measure, separated by commas; all by default.")
+    ] = "",
+    image_tokens: Annotated[
+        list[int] | None, typer.Option(help="Image tokens of the prompt; may be given twice.")
+    ] = None,
+    shape: Annotated[str, typer.Option(help="Size of the random LLaVA: small or 7b.")] = "small",
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded per timing.", min=2)] = 24,
+    repeats: Annotated[int, typer.Option(help="Timings per setting.", min=1)] = 5,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    eager: Annotated[
+        bool, typer.Option(help="Measure every setting over eager attention too.")
+    ] = True,
+    output: Annotated[Path | None, typer.Option(help="Folder for overhead.json.")] = None,
+) -> None:
+    """Time and memory of every method, as ratios to the unsteered model in the same run."""
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from vlm_steer.errors import ConfigError
+    from vlm_steer_eval.bench import ARMS, as_rows, measure_overhead
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in dtypes:
+        raise ConfigError(f"--dtype {dtype}: write one of {', '.join(dtypes)}.")
+    costs = []
+    for tokens in image_tokens or [576]:
+        costs += measure_overhead(
+            methods.split(",") if methods else list(ARMS),
+            shape=shape,
+            image_tokens=tokens,
+            new_tokens=new_tokens,
+            repeats=repeats,
+            device=device,
+            dtype=dtypes[dtype],
+            with_eager=eager,
+        )
+    table = Table(title="Ratios to the unsteered model (sdpa) in the same run")
+    for column in ("setting", "attention", "image tokens", "prefill", "decode", "memory"):
+        table.add_column(column, justify="left" if column in ("setting", "attention") else "right")
+    for cost in costs:
+        ratios = (f"{value:.2f}" for value in (cost.prefill, cost.decode, cost.memory))
+        table.add_row(cost.arm, cost.attention, str(cost.image_tokens), *ratios)
+    Console().print(table)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        facts = {
+            "shape": shape,
+            "device": device,
+            "dtype": dtype,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "costs": as_rows(costs),
+        }
+        path = output / "overhead.json"
+        path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
