@@ -55,7 +55,7 @@ _FIRST_IMAGE_ID = {
     "train": 1_000_000,
     "broad": 900_000_000,
 }
-_SMALLEST, _LARGEST = 11, 36
+_SMALLEST, _LARGEST = 13, 38
 _PLACEMENTS = 6
 _TILT_DEGREES = 30
 _TRIG_STEPS = 1024  # sines are rounded to this grid, so that no libm can move a pixel
@@ -82,7 +82,7 @@ class SceneObject:
         size: side of the square in which the upright silhouette is drawn, pixels.
         tilt: rotation in degrees, -30 to 30.
         flipped: whether it is mirrored left to right.
-        opacity: how much it covers what lies behind, 0.35 to 1.
+        opacity: how much it covers what lies behind, 0.4 to 1.
     """
 
     category: str
@@ -176,7 +176,7 @@ def paint(scene: Scene) -> NDArray[np.uint8]:
         for coverage, shade in ((footprint.body, 1.0), (footprint.detail, 0.45)):
             alpha = (coverage * np.float32(thing.opacity / 4))[:, :, None]
             region += alpha * (colour * shade + 24 * (1 - shade) - region)
-    sigma = dice.between(4, 22)
+    sigma = dice.between(4, 18)
     generator = np.random.default_rng([scene.image_id, IMAGE_SIZE])
     canvas += np.float32(sigma) * generator.standard_normal(canvas.shape, dtype=np.float32)
     return np.clip(canvas, 0, 255, out=canvas).astype(np.uint8)
@@ -310,7 +310,7 @@ def _place(dice: Dice, category: str, placed: list[SceneObject]) -> SceneObject:
         size=size,
         tilt=dice.integer(-_TILT_DEGREES, _TILT_DEGREES),
         flipped=dice.chance(0.5),
-        opacity=dice.between(0.35, 1.0) if dice.chance(0.6) else 1.0,
+        opacity=dice.between(0.4, 1.0) if dice.chance(0.5) else 1.0,
     )
 
 
@@ -322,6 +322,7 @@ def _overlap(x: int, y: int, size: int, other: SceneObject) -> float:
     return max(width, 0.0) * max(height, 0.0) / min(size, other.size) ** 2
 
 
+@lru_cache(maxsize=512)  # painting and masking a scene ask for the same ones
 def _footprint(thing: SceneObject) -> Footprint:
     reach = math.ceil(0.7 * thing.size)
     top, left = max(thing.y - reach, 0), max(thing.x - reach, 0)

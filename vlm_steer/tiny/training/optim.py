@@ -24,7 +24,7 @@ class Muon(torch.optim.Optimizer):
     (Liu et al., arXiv 2502.16982, equation 4).
 
     Args:
-        params: two-dimensional parameters.
+        params: matrices, or filters, which count as matrices of one row for each output.
         lr: learning rate, on AdamW's scale.
         momentum: 0 to 1, Nesterov's form.
         weight_decay: decoupled, per unit of learning rate.
@@ -53,12 +53,14 @@ class Muon(torch.optim.Optimizer):
             by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    by_shape[parameter.shape].append(parameter)
-            for parameters in by_shape.values():
-                self._update(parameters, group)
+                    by_shape[parameter.flatten(1).shape].append(parameter)
+            for shape, parameters in by_shape.items():
+                self._update(parameters, shape, group)
         return loss
 
-    def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+    def _update(
+        self, parameters: list[nn.Parameter], shape: torch.Size, group: dict[str, Any]
+    ) -> None:
         updates = []
         for parameter in parameters:
             assert parameter.grad is not None
@@ -66,21 +68,24 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
             state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-            updates.append(parameter.grad.lerp(state["momentum"], group["momentum"]))
-        scale = 0.2 * max(parameters[0].shape) ** 0.5 * group["lr"]
+            update = parameter.grad.lerp(state["momentum"], group["momentum"])
+            updates.append(update.flatten(1))
+        scale = 0.2 * max(shape) ** 0.5 * group["lr"]
         for parameter, update in zip(parameters, _orthogonal(torch.stack(updates)), strict=True):
-            parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=scale)
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.sub_(update.view_as(parameter), alpha=scale)
 
 
 def optimizers(
     parameters: dict[str, nn.Parameter], *, matrix_lr: float, other_lr: float
 ) -> list[torch.optim.Optimizer]:
-    """Give hidden matrices to Muon, and embeddings, heads, biases and norms to AdamW."""
+    """Give matrices and filters to Muon, and embeddings, heads, biases and norms to AdamW."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in parameters.items():
-        ends = any(part in name for part in ("embed", "lm_head", "heads"))
-        (others if ends or parameter.dim() != 2 else matrices).append(parameter)
+        looked_up = any(part in name for part in ("embed_tokens", "position_embedding", "heads"))
+        is_matrix = parameter.dim() >= 2 and not looked_up and "lm_head" not in name
+        (matrices if is_matrix else others).append(parameter)
     adamw = torch.optim.AdamW(others, lr=other_lr, betas=(0.9, 0.98), weight_decay=0.01)
     return [Muon(matrices, matrix_lr), adamw]
 

@@ -112,7 +112,7 @@ class Vision(Stage):
     """Teach the eye what each patch shows, mostly on scenes in which nothing predicts anything."""
 
     name = "vision"
-    warmup, matrix_lr, other_lr = 100, 2e-3, 1e-3
+    warmup, matrix_lr, other_lr = 60, 4e-3, 1e-3
     trained = ("model.model.vision_tower", "heads")
     images = 32
 
@@ -195,7 +195,7 @@ class Instructions(Stage):
         "model.model.language_model",
         "model.lm_head",
     )
-    images = 16
+    images = 12
 
     def batch(self, step: int) -> ImageTextBatch:
         """See the base class."""
