@@ -293,6 +293,69 @@ def test_an_adapter_wrapper_is_unwrapped(family: zoo.Family) -> None:
         assert torch.equal(wrapped.generate(**batch, max_new_tokens=4, do_sample=False), expected)
 
 
+def test_a_compiled_model_is_refused_by_name(family: zoo.Family) -> None:
+    with pytest.raises(UnsupportedModelError, match="compiled"):
+        vlm_steer.attach(torch.compile(family.model), PAI)
+
+
+def test_a_model_spread_by_a_device_map_is_steered_alike(family: zoo.Family) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    batch = two_rows(family)
+    mapped = AutoModelForImageTextToText.from_pretrained(
+        family.directory, device_map={"": "cpu"}
+    ).eval()
+    with vlm_steer.steer(family.model, "pai+vcd"):
+        expected = family.model.generate(**batch, max_new_tokens=4, do_sample=False)
+    with vlm_steer.steer(mapped, "pai+vcd"):
+        assert torch.equal(mapped.generate(**batch, max_new_tokens=4, do_sample=False), expected)
+
+
+def test_a_model_with_offloaded_weights_is_steered_alike(family: zoo.Family) -> None:
+    from accelerate import cpu_offload
+
+    batch = two_rows(family)
+    with vlm_steer.steer(family.model, "vhr"):
+        expected = family.model.generate(**batch, max_new_tokens=4, do_sample=False)
+    offloaded = cpu_offload(zoo.load("llava").model, execution_device=torch.device("cpu"))
+    with vlm_steer.steer(offloaded, "vhr"):
+        steered = offloaded.generate(**batch, max_new_tokens=4, do_sample=False)
+    assert torch.equal(steered, expected)
+
+
+def test_a_dynamically_quantised_model_is_steered(family: zoo.Family) -> None:
+    quantised = torch.ao.quantization.quantize_dynamic(
+        family.model.float(), {torch.nn.Linear}, dtype=torch.qint8
+    )
+    batch = two_rows(family)
+    base = generate(zoo.Family(**{**vars(family), "model": quantised}), batch)
+    with vlm_steer.steer(quantised, PAI) as steering:
+        steered = generate(zoo.Family(**{**vars(family), "model": quantised}), batch)
+    assert not torch.equal(steered, base)
+    assert steering.effect()["pai"]["layers"][0]["mass"] > 0
+
+
+def test_the_image_text_to_text_pipeline_is_steered() -> None:
+    from PIL import Image
+    from transformers import pipeline
+
+    from vlm_steer.tiny.model import build_model, build_processor
+
+    processor = build_processor()
+    torch.manual_seed(0)
+    model = build_model(processor).eval()
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    image = Image.new("RGB", (96, 96), "orange")
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    prompt = "USER: <image>\nWhat is this? ASSISTANT:"
+    base = pipe(images=image, text=prompt, generate_kwargs=options)
+    with vlm_steer.steer(model, {"method": "vhr", "alpha": 4.0}) as steering:
+        steered = pipe(images=image, text=prompt, generate_kwargs=options)
+    assert steering.effect()["vhr"]["layers"]
+    assert base[0]["generated_text"] != steered[0]["generated_text"]
+    assert pipe(images=image, text=prompt, generate_kwargs=options) == base
+
+
 def test_a_model_in_training_mode_is_refused(family: zoo.Family) -> None:
     family.model.train()
     with pytest.raises(UnsupportedModelError, match="training mode"):

@@ -119,6 +119,11 @@ def unwrap(model: Any) -> PreTrainedModel:
     get_base_model = getattr(model, "get_base_model", None)
     if callable(get_base_model) and not isinstance(model, PreTrainedModel):
         model = get_base_model()
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedModelError(
+            "the model is compiled, so changes to it would not be seen or would compile it anew. "
+            "Steer the model that was given to torch.compile (compiled._orig_mod)."
+        )
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a transformers model. Pass the object that "

@@ -540,6 +540,12 @@ def _refuse_mode(plan: Plan, raw: dict[str, Any]) -> None:
         raise UnsupportedModelError(
             "a paged cache (continuous batching) cannot be steered. Use the default cache."
         )
+    is_static = "static" in str(option("cache_implementation"))
+    if is_static and plan.model.model.device.type != "cpu" and not option("disable_compile"):
+        raise UnsupportedModelError(
+            "a static cache makes generate() compile the model, which steering cannot follow. "
+            "Pass disable_compile=True, or use the default cache."
+        )
     if not plan.has_branches:
         return
     for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
