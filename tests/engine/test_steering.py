@@ -293,6 +293,19 @@ def test_an_adapter_wrapper_is_unwrapped(family: zoo.Family) -> None:
         assert torch.equal(wrapped.generate(**batch, max_new_tokens=4, do_sample=False), expected)
 
 
+def test_a_model_with_lora_adapters_is_steered_and_restored(family: zoo.Family) -> None:
+    peft = pytest.importorskip("peft", reason="needs the peft package")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(family.model, config).eval()
+    batch = two_rows(family)
+    base = model.generate(**batch, max_new_tokens=4, do_sample=False)
+    with vlm_steer.steer(model, ["vhr", "vcd"]) as steering:
+        model.generate(**batch, max_new_tokens=4, do_sample=False)
+        assert steering.effect()["vhr"]["layers"]
+        assert steering.effect()["vcd"]["probability_moved"] > 0
+    assert torch.equal(model.generate(**batch, max_new_tokens=4, do_sample=False), base)
+
+
 def test_a_compiled_model_is_refused_by_name(family: zoo.Family) -> None:
     with pytest.raises(UnsupportedModelError, match="compiled"):
         vlm_steer.attach(torch.compile(family.model), PAI)

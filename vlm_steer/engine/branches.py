@@ -132,7 +132,7 @@ class Source:
             _CAPTURING.reset(token)
         if prompt.get("past_key_values") is None:
             prompt["past_key_values"] = DynamicCache(config=self._text_config())
-        return prompt
+        return {**prompt, "use_cache": True}
 
     def _text_config(self) -> Any:
         return self.model.config.get_text_config(decoder=True)
@@ -152,7 +152,19 @@ def kept_module_state(model: nn.Module) -> Iterator[None]:
 
 @dataclass(eq=False)
 class _Running:
-    """One running branch; its prompt is kept until its first forward."""
+    """One running branch.
+
+    Attributes:
+        bound: The method that asked for it.
+        branch: What it asked for.
+        stream: Its layout and rows.
+        prompt: Arguments of its first forward.
+        mask: ``[batch, positions]`` padding mask of everything it has seen.
+        has_padding: Whether that mask holds any padding.
+        delta: What to add to the user's positions to get the branch's, ``[..., batch, 1]``.
+        empty_cache: Copy of its cache before the first forward, kept only when the user
+            generates without a cache and the branch therefore starts over at every step.
+    """
 
     bound: Bound
     branch: Branch
@@ -161,6 +173,7 @@ class _Running:
     mask: Tensor
     has_padding: bool
     delta: Tensor | None
+    empty_cache: Any = None
 
     def follow(self, kwargs: Mapping[str, Any], new: int) -> dict[str, Any]:
         """Arguments of this branch's forward over the last ``new`` tokens of the user's stream."""
@@ -189,6 +202,10 @@ class _Running:
             return None
         return positions[..., -new:] + self.delta  # type: ignore[no-any-return]
 
+    def forget_prompt(self) -> None:
+        """Let go of pixels and features once the cache holds what was made of them."""
+        self.prompt = {"past_key_values": self.prompt["past_key_values"]}
+
     def reorder(self, beams: Tensor) -> None:
         """Follow a beam search that moves rows."""
         self.mask = self.mask.index_select(0, beams.to(self.mask.device))
@@ -212,6 +229,7 @@ class Branches:
         self.backend = backend
         self.is_paired = False
         self._has_started = False
+        self._is_first = True
         self._rows = n_rows(kwargs)
         self._length = n_tokens(kwargs)
         with kept_module_state(source.model):
@@ -297,6 +315,7 @@ class Branches:
             kinds = torch.nn.functional.pad(running.stream.layout.prompt, (missing, 0))
             running.stream.layout = Layout.from_kinds(kinds)
             running.stream.batch = slice(index * self._rows, (index + 1) * self._rows)
+            running.forget_prompt()
         self.call.positive.batch = slice(0, self._rows)
         return joined
 
@@ -347,9 +366,12 @@ class Branches:
         self, owner: nn.Module, running: _Running, kwargs: Mapping[str, Any], past: int
     ) -> Tensor:
         if self._is_first:
-            if past == 0 and kwargs.get("past_key_values") is None:
-                running.prompt["template"] = copy.deepcopy(running.prompt["past_key_values"])
-            return self._forward(owner, running, self._first_arguments(running), 0)
+            if kwargs.get("past_key_values") is None:
+                running.empty_cache = copy.deepcopy(running.prompt["past_key_values"])
+            logits = self._forward(owner, running, running.prompt, 0)
+            if running.empty_cache is None:
+                running.forget_prompt()
+            return logits
         new = n_tokens(kwargs)
         if past > 0:
             length = running.mask.shape[1]
@@ -358,17 +380,13 @@ class Branches:
         # been moved between steps by a beam search that had no cache to reorder.
         return self._start_over(owner, running, kwargs, new)
 
-    def _first_arguments(self, running: _Running) -> dict[str, Any]:
-        arguments = {name: value for name, value in running.prompt.items() if name != "template"}
-        return {**arguments, "use_cache": True}
-
     def _start_over(
         self, owner: nn.Module, running: _Running, kwargs: Mapping[str, Any], length: int
     ) -> Tensor:
         prompt_length = running.stream.layout.prompt_length
-        running.prompt["past_key_values"] = copy.deepcopy(running.prompt["template"])
+        running.prompt["past_key_values"] = copy.deepcopy(running.empty_cache)
         running.mask = running.mask[:, :prompt_length]
-        self._forward(owner, running, self._first_arguments(running), 0)
+        self._forward(owner, running, running.prompt, 0)
         new = length - self._length
         return self._forward(owner, running, running.follow(kwargs, new), prompt_length)
 
