@@ -12,7 +12,7 @@ from .scoring import parser_sensitivity
 from .stats import holm, mcnemar
 from .tasks import Item, Scored, Task
 
-__all__ = ["ALL", "auroc", "evaluate", "sample_rows", "score_all"]
+__all__ = ["ALL", "Scores", "auroc", "evaluate", "sample_rows", "score_all"]
 
 ALL = "all"
 """All splits pooled."""

@@ -1,0 +1,150 @@
+"""What the commands that run a benchmark have in common."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from vlm_steer.errors import ConfigError, DataError
+
+from .command_options import NormaliserName
+
+if TYPE_CHECKING:
+    from .chair import Normaliser
+    from .generation import Settings
+    from .pope_builder import Strategy
+    from .tasks import Task
+
+__all__ = [
+    "chosen_normaliser",
+    "chosen_splits",
+    "loading_options",
+    "refuse_columns_alone",
+    "refuse_on_scenes",
+    "refuse_several_sources",
+    "required_folder",
+    "run_and_show",
+]
+
+_SHOWN_FAILURES = 10
+
+
+def run_and_show(
+    task: "Task",
+    methods: str,
+    model_name: str,
+    loading: dict[str, Any],
+    settings: "Settings",
+    output: Path,
+    *,
+    batch_size: int,
+    resamples: int,
+    skip_bad_images: bool,
+) -> None:
+    """Load the model, run the benchmark, print its tables.
+
+    Raises:
+        DataError: items had to be left out because of their image, after everything else is done.
+    """
+    from vlm_steer.loading import load_model
+
+    from .arms import parse_arms
+    from .pipeline import run_benchmark
+
+    parse_arms(methods)  # a misspelt arm is reported before the model is loaded
+    model, processor = load_model(model_name, **loading)
+    result = run_benchmark(
+        task,
+        methods,
+        model,
+        processor,
+        model_name=model_name,
+        settings=settings,
+        batch_size=batch_size,
+        output=output,
+        n_resamples=resamples,
+        seed=settings.seed,
+    )
+    typer.echo(result.table, nl=False)
+    typer.echo(f"results: {output}")
+    failures = result.run.failures
+    for failure in failures[:_SHOWN_FAILURES]:
+        typer.echo(f"note: left out {failure['item']}: {failure['error']}", err=True)
+    if failures and not skip_bad_images:
+        raise DataError(
+            f"{len(failures)} of {len(task.items)} items were left out because of their image "
+            f"(listed under 'excluded' in {output / 'scores.json'}); repair the images and run the "
+            "same command again, which adds only what is missing, or accept the loss with "
+            "--skip-bad-images"
+        )
+
+
+def loading_options(
+    dtype: str,
+    device_map: str | None,
+    quantization: str | None,
+    revision: str | None,
+    attn: str | None,
+) -> dict[str, Any]:
+    """Keyword arguments of `vlm_steer.loading.load_model`."""
+    return {
+        "dtype": dtype,
+        "device_map": device_map,
+        "quantization": quantization,
+        "revision": revision,
+        "attn": attn,
+    }
+
+
+def chosen_splits(text: str) -> "list[Strategy]":
+    """Splits of POPE named in an option, in their usual order.
+
+    Raises:
+        ConfigError: a name is unknown or occurs twice.
+    """
+    from .pope_builder import STRATEGIES
+
+    names = [part.strip() for part in text.split(",")]
+    unknown = [name for name in names if name not in STRATEGIES]
+    if unknown or len(set(names)) < len(names):
+        raise ConfigError(f"--splits {text!r}: choose different ones of {', '.join(STRATEGIES)}")
+    return [strategy for strategy in STRATEGIES if strategy in names]
+
+
+def chosen_normaliser(normaliser: NormaliserName, synonyms: Path | None) -> "Normaliser | None":
+    """The normaliser that the options name; None for the default of the data."""
+    if normaliser == "table" and synonyms is None:
+        return None
+    from .scoring import make_normaliser
+
+    return make_normaliser(normaliser, synonyms)
+
+
+def refuse_several_sources(**sources: object) -> None:
+    """Raise `ConfigError` where more than one source of data is given."""
+    given = [name for name, value in sources.items() if value]
+    if len(given) > 1:
+        raise ConfigError(f"give one source of data, not {' and '.join(given)}")
+
+
+def refuse_columns_alone(columns: str | None, dataset: str | None) -> None:
+    """Raise `ConfigError` for a column mapping without a data set."""
+    if columns is not None and dataset is None:
+        raise ConfigError("--columns has no effect without --dataset")
+
+
+def refuse_on_scenes(**options: object) -> None:
+    """Raise `ConfigError` for options that cannot act on the embedded scenes."""
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(
+                f"--{name} has no effect on the embedded scenes; give your own data with it, or "
+                "leave it out"
+            )
+
+
+def required_folder(images: Path | None, option: str) -> Path:
+    """The image folder, which `option` needs."""
+    if images is None:
+        raise ConfigError(f"{option} needs --images, the folder of the images")
+    return images

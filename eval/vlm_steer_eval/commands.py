@@ -1,0 +1,79 @@
+"""The commands of the harness: `eval pope|chair`, `score pope|chair` and `demo`.
+
+Nothing heavy is imported until a command runs, so that help is instant.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlm_steer.commands.options import Seed
+
+from .command_eval import eval_chair, eval_pope
+from .command_options import (
+    EmbeddedScenes,
+    Methods,
+    OutputFolder,
+)
+from .command_score import score_chair, score_pope
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of the harness to an application."""
+    evaluate = typer.Typer(help="Run a benchmark, steered and unsteered.", no_args_is_help=True)
+    evaluate.command(
+        "pope",
+        epilog="Example: vlm-steer eval pope --model tiny --methods none,pai,pai+vcd --output out",
+    )(eval_pope)
+    evaluate.command(
+        "chair",
+        epilog="Example: vlm-steer eval chair --model tiny --methods none,vcd --output out",
+    )(eval_chair)
+    score = typer.Typer(
+        help="Score answers or captions that anybody produced.", no_args_is_help=True
+    )
+    score.command(
+        "pope",
+        epilog="Example: vlm-steer score pope --questions coco_pope_random.json "
+        "--answers answers.jsonl --parser official --output out",
+    )(score_pope)
+    score.command(
+        "chair",
+        epilog="Example: vlm-steer score chair --captions captions.jsonl "
+        "--objects coco_objects.json.gz --output out",
+    )(score_chair)
+    app.add_typer(evaluate, name="eval")
+    app.add_typer(score, name="score")
+    app.command("demo", epilog="Example: vlm-steer demo --output demo")(demo)
+
+
+def demo(
+    output: OutputFolder = Path("vlm-steer-demo"),
+    methods: Methods = "none,pai,var,vhr,vcd,pai+vcd",
+    scenes: EmbeddedScenes = "broken",
+    pope_scenes: Annotated[
+        int, typer.Option("--pope-scenes", min=1, help="Scenes to ask about.")
+    ] = 40,
+    chair_scenes: Annotated[
+        int, typer.Option("--chair-scenes", min=1, help="Scenes to describe.")
+    ] = 150,
+    seed: Seed = 0,
+) -> None:
+    """Show on the embedded model what steering changes: POPE and CHAIR, with intervals."""
+    from .demo import run_demo
+
+    result = run_demo(
+        output,
+        methods=methods,
+        pope_scenes=pope_scenes,
+        chair_scenes=chair_scenes,
+        scenes=scenes,
+        seed=seed,
+        tell=lambda text: typer.echo(text, err=True),
+    )
+    typer.echo(result.chair.table)
+    typer.echo(result.pope.table)
+    typer.echo(f"report: {result.report} ({result.seconds:.0f} s)")

@@ -1,0 +1,96 @@
+"""A benchmark from items to files: generate, score, compare, report."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm_steer.config import Spec
+from vlm_steer.report import Block, Report, render_html
+
+from .arms import parse_arms
+from .files import write_json, write_rows, write_text
+from .generation import Settings
+from .reporting import evaluation_blocks
+from .results import evaluate, sample_rows, score_all
+from .runner import RunResult, run_arms
+from .tables import comparison_tables, footnotes, render
+from .tasks import Task
+
+__all__ = ["Evaluation", "run_benchmark"]
+
+_TABLE_WIDTH = 200
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation.
+
+    Attributes:
+        run: answers, failures and notes.
+        summary: the contents of `scores.json`.
+        table: the tables as text.
+        blocks: the tables, charts and examples as blocks of a report.
+    """
+
+    run: RunResult
+    summary: dict[str, Any]
+    table: str
+    blocks: list[Block]
+
+
+def run_benchmark(
+    task: Task,
+    methods: str | dict[str, Spec],
+    model: Any,
+    processor: Any,
+    *,
+    model_name: str,
+    settings: Settings,
+    batch_size: int,
+    output: Path,
+    n_resamples: int = 10_000,
+    seed: int = 0,
+) -> Evaluation:
+    """Evaluate arms on a benchmark and write everything about it into a folder.
+
+    The folder holds `generations.jsonl` (the log that a later run continues), `timings.jsonl`,
+    `run.json` (what the answers depend on), `samples.jsonl` (every answer, read and scored),
+    `scores.json`, `table.txt` and `report.html`.
+
+    Args:
+        task: the benchmark.
+        methods: arms, see `parse_arms`.
+        model: an image-text-to-text model.
+        processor: its processor.
+        model_name: what the user calls the model.
+        settings: how to generate.
+        batch_size: items per batch, > 0.
+        output: the folder.
+        n_resamples: resamples of intervals and tests, > 0.
+        seed: seed of the resampling.
+
+    Raises:
+        ConfigError: an arm is unknown.
+        DataError: no image is usable, the folder is in use, or the disk is full.
+        SteerError: memory runs out with a batch of one, or the model cannot be steered as asked.
+    """
+    run = run_arms(
+        task,
+        parse_arms(methods),
+        model,
+        processor,
+        model_name=model_name,
+        settings=settings,
+        batch_size=batch_size,
+        output=output,
+    )
+    scores = score_all(task, run)
+    summary = evaluate(task, run, scores, n_resamples=n_resamples, seed=seed)
+    write_rows(output / "samples.jsonl", sample_rows(task, run, scores))
+    write_json(output / "scores.json", summary)
+    table = render(*comparison_tables(summary), *footnotes(summary), width=_TABLE_WIDTH)
+    write_text(output / "table.txt", table)
+    blocks = evaluation_blocks(task, run, scores, summary)
+    page = Report(f"{task.name.upper()} of {model_name}", f"arms: {', '.join(run.records)}", blocks)
+    write_text(output / "report.html", render_html(page))
+    return Evaluation(run, summary, table, blocks)

@@ -1,0 +1,176 @@
+"""An evaluation as an HTML report: tables, intervals, and pictures with marked answers."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vlm_steer.report import (
+    Block,
+    Chart,
+    Estimate,
+    Gallery,
+    MarkedText,
+    Paragraphs,
+    Sample,
+    Span,
+    Table,
+    interval_chart,
+    thumbnail,
+)
+
+from .chair import CHAIR_METRICS
+from .pope import POPE_METRICS
+from .results import ALL, Scores
+from .runner import RunResult
+from .tables import SHOWN, footnotes, format_difference, format_metric
+from .tasks import Item, Scored, Task
+
+__all__ = ["evaluation_blocks"]
+
+_CHARTED = {
+    "pope": ("accuracy", "f1", "yes_ratio"),
+    "chair": ("CHAIRi", "CHAIRs", "Recall"),
+}
+
+_BETTER_HIGH = {**(POPE_METRICS.higher_is_better or {}), **(CHAIR_METRICS.higher_is_better or {})}
+
+
+def evaluation_blocks(
+    task: Task, run: RunResult, scores: Scores, summary: Mapping[str, Any], *, n_samples: int = 12
+) -> list[Block]:
+    """Blocks of a report on one benchmark.
+
+    Args:
+        task: the benchmark.
+        run: its answers.
+        scores: their scores, from `score_all`.
+        summary: the contents of `scores.json`.
+        n_samples: images to show, >= 0; those on which the arms differ come first.
+    """
+    title = task.name.upper()
+    splits = list(summary["arms"][summary["baseline"]])
+    blocks: list[Block] = [_table(summary, split, f"{title}: {split}") for split in splits]
+    main = ALL if ALL in splits else splits[0]
+    blocks.append(_value_chart(summary, main, f"{title}: values with 95 % intervals ({main})"))
+    if summary["differences"]:
+        blocks.append(_difference_chart(summary, main, f"{title}: change against none ({main})"))
+    blocks.append(Paragraphs(f"{title}: notes", footnotes(summary)))
+    if n_samples:
+        note = "Red: hallucinated. Green: right. Images on which the arms differ come first."
+        chosen = _telling_items(task, run, scores)[:n_samples]
+        samples = [_sample(item, run, scores) for item in chosen]
+        blocks.append(Gallery(f"{title}: examples", samples, note))
+    return blocks
+
+
+def _table(summary: Mapping[str, Any], split: str, title: str) -> Table:
+    shown = SHOWN[summary["benchmark"]]
+    columns = ["arm"]
+    for name, with_difference in shown.items():
+        columns += [name, "95 %", *(["Δ"] if with_difference else [])]
+    rows = []
+    for arm, by_split in summary["arms"].items():
+        idle = arm in summary["changed_nothing"]
+        row = [f"{arm} (changed nothing)" if idle else arm]
+        for name, with_difference in shown.items():
+            row += format_metric(name, by_split[split]["metrics"][name])
+            if with_difference:
+                difference = summary["differences"].get(arm, {}).get(split, {}).get(name)
+                row.append(format_difference(name, difference) if difference else "")
+        rows.append([*row, str(by_split[split]["truncated"])])
+    return Table(title, [*columns, "truncated"], rows)
+
+
+def _value_chart(summary: Mapping[str, Any], split: str, title: str) -> Chart:
+    panels = {
+        name: [
+            _estimate(arm, by_split[split]["metrics"][name], "plain")
+            for arm, by_split in summary["arms"].items()
+        ]
+        for name in _CHARTED[summary["benchmark"]]
+    }
+    return Chart(title, interval_chart(panels), "Percent; intervals resample whole images.")
+
+
+def _difference_chart(summary: Mapping[str, Any], split: str, title: str) -> Chart:
+    panels = {}
+    for name in _CHARTED[summary["benchmark"]]:
+        estimates = []
+        for arm, by_split in summary["differences"].items():
+            entry = by_split[split][name]
+            estimates.append(_estimate(arm, entry, _tone(entry, _BETTER_HIGH.get(name))))
+        panels[f"Δ {name}"] = estimates
+    note = "Percentage points, paired by image; coloured where Holm-corrected p < 0.05."
+    return Chart(title, interval_chart(panels, reference=0.0), note)
+
+
+def _tone(entry: Mapping[str, Any], higher_is_better: bool | None) -> str:
+    if higher_is_better is None or entry["value"] is None or entry.get("p_holm", 1.0) >= 0.05:
+        return "plain"
+    return "good" if (entry["value"] > 0) == higher_is_better else "bad"
+
+
+def _estimate(label: str, entry: Mapping[str, Any], tone: str) -> Estimate:
+    if entry["value"] is None or entry["ci95"] is None:
+        nowhere = float("nan")
+        return Estimate(label, nowhere, nowhere, nowhere)
+    low, high = entry["ci95"]
+    return Estimate(label, 100 * entry["value"], 100 * low, 100 * high, tone)
+
+
+def _telling_items(task: Task, run: RunResult, scores: Scores) -> list[Item]:
+    """One item per image, those with the most different answers among the arms first."""
+    known = [
+        item for item in task.items if all(item.id in records for records in run.records.values())
+    ]
+
+    def variety(item: Item) -> int:
+        return len({tuple(scores[arm][item.id].counts) for arm in run.records})
+
+    seen: set[str] = set()
+    chosen = []
+    for item in sorted(known, key=lambda item: (-variety(item), item.id)):
+        if item.cluster not in seen:
+            seen.add(item.cluster)
+            chosen.append(item)
+    return chosen
+
+
+def _sample(item: Item, run: RunResult, scores: Scores) -> Sample:
+    return Sample(
+        image=thumbnail(item.image.load()),
+        title=item.image.name,
+        prompt=item.prompt,
+        truth=_truth(item),
+        answers=tuple(
+            _answer(arm, records[item.id]["text"], scores[arm][item.id])
+            for arm, records in run.records.items()
+        ),
+    )
+
+
+def _truth(item: Item) -> str:
+    if "label" in item.gold:
+        return str(item.gold["label"])
+    return ", ".join(sorted(item.gold["objects"])) or "no object of the vocabulary"
+
+
+def _answer(arm: str, text: str, scored: Scored) -> MarkedText:
+    details = scored.details
+    if "mentions" not in details:
+        right = details["parsed"] == details["label"]
+        read = "unread" if details["parsed"] is None else f"read as {details['parsed']}"
+        spans: Sequence[Span] = (
+            [Span(0, len(text), "right" if right else "wrong", read)] if text else []
+        )
+        return MarkedText(arm, text, tuple(spans), read)
+    spans = [
+        Span(
+            mention["span"][0],
+            mention["span"][1],
+            "wrong" if mention["hallucinated"] else "right",
+            f"{mention['object']}: {'not in the image' if mention['hallucinated'] else 'there'}",
+        )
+        for mention in details["mentions"]
+        if mention["span"] is not None
+    ]
+    return MarkedText(arm, text, tuple(spans), f"{details['hallucinated']} hallucinated")
