@@ -44,7 +44,8 @@ class GenerationLog:
     def __enter__(self) -> Self:
         with reporting_write_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("ab+")
+            # Unbuffered, so that closing after a failed write does not write again.
+            self._file = self.path.open("ab+", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -79,14 +80,15 @@ class GenerationLog:
             json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in fresh
         )
         with reporting_write_errors(self.path):
-            self._file.write(lines.encode())
-            self._file.flush()
+            rest = memoryview(lines.encode())
+            while rest:
+                rest = rest[self._file.write(rest) :]
             os.fsync(self._file.fileno())
         self.records.update((record["key"], record) for record in fresh)
 
     def _read(self) -> None:
         self._file.seek(0)
-        content = self._file.read()
+        content = self._file.read() or b""
         whole, _, torn = content.rpartition(b"\n")
         if torn:
             with reporting_write_errors(self.path):

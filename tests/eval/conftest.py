@@ -39,3 +39,41 @@ def golden_folder() -> Path:
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
     return _folder("data")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> tuple[Any, Any]:
+    """The embedded model and its processor."""
+    from vlm_steer import load_tiny
+
+    return load_tiny()
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Four pictures of the little world, as files."""
+    from vlm_steer.tiny.scenes import image
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index in range(4):
+        image("iid", 100_000 + index).save(folder / f"scene_{index}.png")
+    return folder
+
+
+@pytest.fixture
+def question_file(tmp_path: Path) -> Path:
+    """Two questions about each picture of `image_folder`."""
+    rows = [
+        {
+            "question_id": 2 * index + offset,
+            "image": f"scene_{index}.png",
+            "text": f"Is there a {name} in the image?",
+            "label": label,
+        }
+        for index in range(4)
+        for offset, (name, label) in enumerate([("car", "yes"), ("traffic light", "no")], 1)
+    ]
+    path = tmp_path / "pope_random.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
