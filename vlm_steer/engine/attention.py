@@ -99,14 +99,15 @@ def steered_attention(
     if work.mask:
         attention_mask = _edited_mask(forward, work, query, key, attention_mask)
     extra = None
-    if _replaces_every_row(forward, work, query):
-        batch, heads, length, _ = query.shape
-        outputs = query.new_empty((batch, length, heads, value.shape[-1]))
-    else:
-        outputs, extra = base(query, key, value, attention_mask)
     if work.needs_rows:
         rows = _Rows(forward, work, module, query, key, value, attention_mask, options)
-        rows.steer(outputs)
+        if rows.are_all_replaced:
+            outputs = rows.recomputed()
+        else:
+            outputs, extra = base(query, key, value, attention_mask)
+            rows.steer(outputs)
+    else:
+        outputs, extra = base(query, key, value, attention_mask)
     if work.heads:
         outputs = _edited_heads(forward, work, outputs)
     return outputs, extra
@@ -123,17 +124,6 @@ def _base_function(implementation: str, module: nn.Module) -> AttentionFunction:
     raise UnsupportedModelError(
         f"{type(module).__name__} has no eager attention function beside it. Load the model with "
         "attn_implementation='sdpa'."
-    )
-
-
-def _replaces_every_row(forward: Forward, work: Work, query: Tensor) -> bool:
-    """Whether the rows steered are all there is, so that the kernel's own pass can be skipped."""
-    writers = work.scores + work.weights
-    return (
-        forward.is_decoding
-        and query.shape[2] <= _BLOCK
-        and any(b.method.rows != "image" for b in writers)
-        and forward.acts(writers)
     )
 
 
@@ -159,27 +149,39 @@ class _Rows:
         self.scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         self.layer, self.axis = work.site.layer, work.site.axis
         self.n_keys = key.shape[2]
+        self.acting = forward.acting_at(work)
+
+    @property
+    def are_all_replaced(self) -> bool:
+        """Whether the rows steered are all there is, so that the kernel's pass can be skipped."""
+        return self.acting.replaces_rows and self.query.shape[2] <= _BLOCK
+
+    def recomputed(self) -> Tensor:
+        """``[batch, rows, heads, value_dim]`` of a pass in which every row is steered."""
+        weights = self._weights(0, self.query.shape[2])
+        self._observe(weights[:, :, -1])
+        return self._outputs(weights)
 
     def steer(self, outputs: Tensor) -> None:
         """Write the steered rows into ``outputs`` ``[batch, rows, heads, value_dim]``."""
         length = self.query.shape[2]
         writers = self.work.scores + self.work.weights
-        replaces = _replaces_every_row(self.forward, self.work, self.query)
-        first = self.forward.first_row(writers) if writers else length
+        first = self.forward.first_row(writers)
         for start in range(first, length, _BLOCK):
             rows = (start, min(start + _BLOCK, length))
             weights = self._weights(*rows)
-            new = weighted_values(weights.to(self.value.dtype), self.value).transpose(1, 2)
-            if replaces:
-                outputs[:, slice(*rows)] = new
-            else:
-                is_changed = self._is_changed(writers, rows)[:, :, None, None]
-                old = outputs[:, slice(*rows)]
-                outputs[:, slice(*rows)] = torch.where(is_changed, new, old)
+            is_changed = self._is_changed(rows)[:, :, None, None]
+            old = outputs[:, slice(*rows)]
+            outputs[:, slice(*rows)] = torch.where(is_changed, self._outputs(weights), old)
             if rows[1] == length:
                 self._observe(weights[:, :, -1])
         if first == length and self.work.observe:
             self._observe(self._weights(length - 1, length)[:, :, -1])
+
+    def _outputs(self, weights: Tensor) -> Tensor:
+        """``[batch, rows, heads, value_dim]`` in the model's dtype."""
+        outputs = weighted_values(weights.to(self.value.dtype), self.value)
+        return outputs.transpose(1, 2).to(self.query.dtype)
 
     def _weights(self, start: int, stop: int) -> Tensor:
         """``[batch, heads, rows, key]`` float32 attention weights after every hook."""
@@ -189,7 +191,7 @@ class _Rows:
             scores = torch.tanh(scores / cap) * cap
         closed = self._closed(start, stop)
         measured = self.forward.call.is_measured
-        for bound, stream in self.forward.acting(self.work.scores):
+        for bound, stream in self.acting.scores:
             old = scores[stream.batch]
             new = self._keep_other_rows(
                 bound, stream, rows, old, bound.method.scores(old, self._at(bound, stream, rows))
@@ -199,7 +201,7 @@ class _Rows:
                 self.forward.touch(bound, self.layer, Touch.of_weights(before, after))
             scores = _put(scores, stream.batch, new)
         weights = self._softmax(scores, closed, slice(None))
-        for bound, stream in self.forward.acting(self.work.weights):
+        for bound, stream in self.acting.weights:
             old = weights[stream.batch]
             new = self._keep_other_rows(
                 bound, stream, rows, old, bound.method.weights(old, self._at(bound, stream, rows))
@@ -213,8 +215,7 @@ class _Rows:
         """What stops rows from seeing columns: bool (``True`` is closed), additive, or nothing."""
         mask = self.attention_mask
         if mask is not None:
-            mask = mask[:, :, start:stop, : self.n_keys]
-            return ~mask if mask.dtype == torch.bool else mask.float()
+            return self.forward.closed(mask, start, stop, self.n_keys)
         if self.query.shape[2] == 1 or self.axis == "cross":
             return None
         offset = self.n_keys - self.query.shape[2]
@@ -247,19 +248,19 @@ class _Rows:
         is_row = self.forward.is_row(stream, bound.method.rows, *rows)
         return torch.where(is_row[:, None, :, None], new, old)
 
-    def _is_changed(self, writers: tuple[Bound, ...], rows: tuple[int, int]) -> Tensor:
+    def _is_changed(self, rows: tuple[int, int]) -> Tensor:
         """``[batch, rows]``: rows that any method may change."""
         is_changed = torch.zeros(
             (self.query.shape[0], rows[1] - rows[0]), dtype=torch.bool, device=self.query.device
         )
-        for bound, stream in self.forward.acting(writers):
+        for bound, stream in self.acting.scores + self.acting.weights:
             is_changed[stream.batch] |= self.forward.is_row(stream, bound.method.rows, *rows)
         return is_changed
 
     def _observe(self, weights: Tensor) -> None:
         """Hand the weights ``[batch, heads, key]`` of the predicting row to the observers."""
         length = self.query.shape[2]
-        for bound, stream in self.forward.acting(self.work.observe):
+        for bound, stream in self.acting.observe:
             at = self._at(bound, stream, (length - 1, length))
             seen = bound.method.observe(weights[stream.batch], at)
             self.forward.observed.setdefault(bound.method.name, {})[self.layer] = seen

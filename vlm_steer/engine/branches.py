@@ -38,7 +38,7 @@ from vlm_steer.engine.layout import Layout
 from vlm_steer.engine.plan import Bound
 from vlm_steer.errors import UnsupportedModelError
 
-__all__ = ["Backend", "Branches", "Source", "intercept"]
+__all__ = ["Backend", "Branches", "Source", "intercept", "is_capturing", "kept_module_state"]
 
 Backend: TypeAlias = Literal["auto", "paired", "separate"]
 
@@ -52,6 +52,11 @@ class _Captured(BaseException):
 
 
 _CAPTURING: ContextVar[bool] = ContextVar("vlm_steer_capturing", default=False)
+
+
+def is_capturing() -> bool:
+    """Whether this context runs the model only to see what it would pass to its first forward."""
+    return _CAPTURING.get()
 
 
 def intercept(kwargs: dict[str, Any]) -> None:

@@ -63,11 +63,26 @@ class Call:
     records: dict[str, list[Tensor]] = field(default_factory=dict)
     touches: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     moved: dict[int, Tensor] = field(default_factory=dict)
+    acting_when_decoding: dict[tuple[int, str], "Acting"] = field(default_factory=dict)
 
     @property
     def is_measured(self) -> bool:
         """Whether effects are being measured: the prompt and the first decoding step are."""
         return self.step < _MEASURED_STEPS
+
+
+@dataclass(frozen=True, slots=True)
+class Acting:
+    """Methods with the streams they act on, at one attention site in one kind of pass.
+
+    Attributes:
+        replaces_rows: Every query row of the pass is rewritten by some method.
+    """
+
+    scores: tuple[tuple[Bound, Stream], ...]
+    weights: tuple[tuple[Bound, Stream], ...]
+    observe: tuple[tuple[Bound, Stream], ...]
+    replaces_rows: bool
 
 
 class Touch:
@@ -119,6 +134,8 @@ class Forward:
     length: int
     observed: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     _columns: dict[tuple[str, int, str], Columns] = field(default_factory=dict)
+    _row_kinds: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
+    _closed: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _is_row: dict[tuple[str, Rows, int, int], Tensor] = field(default_factory=dict)
     masks: dict[tuple[int, int, tuple[int, ...]], tuple[Tensor | None, Tensor]] = field(
         default_factory=dict
@@ -147,9 +164,37 @@ class Forward:
         """Methods with the streams of this pass that they act on."""
         return [(b, stream) for b in bounds for stream in self.streams if stream.in_scope(b)]
 
-    def acts(self, bounds: Iterable[Bound]) -> bool:
-        """Whether any of the methods acts on any stream of this pass."""
-        return any(True for _ in self.acting(bounds))
+    def acting_at(self, work: Work) -> Acting:
+        """Who acts at an attention site; worked out once per generation for decoding steps."""
+        if not self.is_decoding:
+            return self._acting_at(work)
+        known = self.call.acting_when_decoding
+        key = (id(work), self.streams[0].name)
+        if key not in known:
+            known[key] = self._acting_at(work)
+        return known[key]
+
+    def _acting_at(self, work: Work) -> Acting:
+        scores, weights = self.acting(work.scores), self.acting(work.weights)
+        return Acting(
+            scores=tuple(scores),
+            weights=tuple(weights),
+            observe=tuple(self.acting(work.observe)),
+            replaces_rows=any(self.every_row_changes(b.method.rows) for b, _ in scores + weights),
+        )
+
+    def closed(self, mask: Tensor, start: int, stop: int, n_keys: int) -> Tensor:
+        """The part of an attention mask for a block of rows; layers share masks and results.
+
+        Returns:
+            ``[batch, 1, rows, key]`` bool, ``True`` where closed, or an additive float32 mask.
+        """
+        key = (id(mask), start, stop)
+        if key not in self._closed:
+            block = mask[:, :, start:stop, :n_keys]
+            block = ~block if block.dtype == torch.bool else block.float()
+            self._closed[key] = (mask, block)  # holding the mask keeps its id its own
+        return self._closed[key][1]
 
     def first_row(self, bounds: Iterable[Bound]) -> int:
         """First query row that any of the methods may touch; ``length`` when none may."""
@@ -202,7 +247,11 @@ class Forward:
 
     def row_kinds(self, stream: Stream, start: int, stop: int) -> Tensor:
         """``[batch, rows]`` kinds of the query rows ``start:stop``."""
-        return stream.layout.upto(self.total)[:, self.past + start : self.past + stop]
+        key = (stream.name, start, stop)
+        if key not in self._row_kinds:
+            kinds = stream.layout.upto(self.total)
+            self._row_kinds[key] = kinds[:, self.past + start : self.past + stop]
+        return self._row_kinds[key]
 
     def every_row_changes(self, policy: Rows) -> bool:
         """Whether all rows of this pass are known to be open to change without looking."""

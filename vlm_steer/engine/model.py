@@ -41,7 +41,8 @@ class ModelInfo:
     Attributes:
         model: The transformers model itself, adapters unwrapped.
         decoder: Its text decoder.
-        owners: Modules whose forward returns next-token logits, outermost first.
+        owner: The module whose forward a generation loop calls and whose output holds the
+            logits: the model itself, or the language model inside it where that one generates.
         sites: Attention modules of the decoder.
         layers: Decoder layers by index.
         mlps: The MLP of each decoder layer that has one.
@@ -52,7 +53,7 @@ class ModelInfo:
 
     model: PreTrainedModel
     decoder: nn.Module
-    owners: tuple[nn.Module, ...]
+    owner: nn.Module
     sites: dict[nn.Module, AttentionSite]
     layers: dict[int, nn.Module]
     mlps: dict[int, nn.Module]
@@ -158,7 +159,7 @@ def inspect_model(model: Any) -> ModelInfo:
     return ModelInfo(
         model=base,
         decoder=decoder,
-        owners=_owners(base),
+        owner=_owner(base),
         sites=sites,
         layers=layers,
         mlps=mlps,
@@ -198,17 +199,14 @@ def _decoder_layers(decoder: nn.Module) -> tuple[dict[int, nn.Module], dict[int,
     return layers, mlps
 
 
-def _owners(model: PreTrainedModel) -> tuple[nn.Module, ...]:
-    """Models whose generation loop may run: the model and language models nested in it."""
+def _owner(model: PreTrainedModel) -> nn.Module:
+    """The innermost model with a language head, which is the one whose loop runs."""
     inner = [
         module
         for module in model.modules()
-        if module is not model
-        and isinstance(module, PreTrainedModel)
-        and module.can_generate()
-        and _has_head(module)
+        if isinstance(module, PreTrainedModel) and module.can_generate() and _has_head(module)
     ]
-    return (model, *inner)
+    return inner[-1] if inner else model
 
 
 def _has_head(model: PreTrainedModel) -> bool:

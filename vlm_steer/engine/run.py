@@ -69,6 +69,7 @@ class Run:
         self._mine: dict[str, Any] = {}
         self._past = 0
         self._cache: Any = None
+        self.enclosing: Token[Run | None] | None = None
 
     @staticmethod
     def inside(owner: nn.Module) -> "Run | None":

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vlm_steer.engine import attention
 from vlm_steer.engine.active import ACTIVE
-from vlm_steer.engine.branches import Backend, Source, intercept
+from vlm_steer.engine.branches import Backend, Source, intercept, is_capturing
 from vlm_steer.engine.call import Call, Forward
 from vlm_steer.engine.hooks import Method
 from vlm_steer.engine.model import ModelInfo, inspect_model, unwrap
@@ -194,7 +194,8 @@ class Steering:
             return self._last
         for reference, known in reversed(self._outputs):
             if reference() is output:
-                return known
+                found: Call = known
+                return found
         raise SteerError(
             "records(output): this output was not among the last "
             f"{_HISTORY} generated under this steering. Call records() right after generate()."
@@ -334,11 +335,18 @@ class _Installation:
 
     def _put_on(self) -> None:
         _switch_attention(self.info.configs)
-        for owner in self.info.owners:
-            self._handles += [
-                owner.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
-                owner.register_forward_hook(self._after, always_call=True),
-            ]
+        owner = self.info.owner
+        self._handles += [
+            owner.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
+            owner.register_forward_hook(self._after, always_call=True),
+        ]
+        if owner is not self.info.model:
+            self._handles.append(
+                self.info.model.register_forward_pre_hook(self._enclose, with_kwargs=True)
+            )
+            self._handles.append(
+                self.info.model.register_forward_hook(self._unclose, always_call=True)
+            )
         for index, layer in self.info.layers.items():
             self._handles += [
                 layer.register_forward_pre_hook(_marker(index), with_kwargs=True),
@@ -399,6 +407,32 @@ class _Installation:
         return run if run is not None and run.source.model is self.info.model else None
 
     # -- forwards -----------------------------------------------------------------------------
+    def _enclose(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A plain forward of a model around the one that returns logits: one run as well."""
+        steering = self.current()
+        if ACTIVE.get() is not None or self._generation() is not None:
+            return
+        if steering is None or steering.is_off or is_capturing():
+            return
+
+        def again(past_key_values: Any, use_cache: bool, **inputs: Any) -> Any:  # noqa: ARG001
+            return model(**inputs)
+
+        source = Source(self.info.model, again, named_arguments(model, args, kwargs))
+        run = steering.new_run(source, None)
+        run.enclosing = _GENERATION.set(run)
+
+    def _unclose(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG002
+        run = self._generation()
+        if run is None or run.enclosing is None:
+            return
+        _GENERATION.reset(run.enclosing)
+        run.leave()
+        run.close()
+        steering = self.current()
+        if steering is not None:
+            steering.finish(run.call, output)
+
     def _before(
         self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
