@@ -181,6 +181,9 @@ class Reference:
     layers: tuple[int, ...]
 
 
+_LAYER_HOOKS = ("mask", "marks", "scores", "weights", "heads", "mlp", "hidden", "observe")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """Base of every intervention and observer.
@@ -214,6 +217,16 @@ class Method:
 
     def __post_init__(self) -> None:
         check_selector(self.layers)
+
+    def ignored_options(self) -> dict[str, str]:
+        """Options without effect under the others chosen, each with the reason.
+
+        Writing one of them in a configuration is an error.
+        """
+        if any(self.overrides(hook) for hook in _LAYER_HOOKS):
+            return {}
+        reason = f"{self.name} acts on next-token logits, not in layers"
+        return {"layers": reason, "scope": reason}
 
     # -- before generation ------------------------------------------------------------------
     def is_neutral(self) -> bool:

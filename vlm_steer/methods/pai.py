@@ -71,6 +71,14 @@ class PAI(Method):
     def is_neutral(self) -> bool:
         return self.alpha == 0 and self.gamma == 1
 
+    def ignored_options(self) -> dict[str, str]:
+        ignored = {}
+        if self.gamma == 1:
+            ignored["beta"] = "gamma is 1, so there is no guidance"
+        if self.alpha == 0:
+            ignored["steer_first_token"] = "alpha is 0, so no token is steered"
+        return ignored
+
     def overrides(self, hook: str) -> bool:
         if hook == "scores":
             return self.alpha > 0

@@ -38,8 +38,6 @@ class VCD(Method):
         beta: Plausibility threshold, 0 to 1; 0 keeps every token. Sensible 0.05 to 0.5.
         noise_step: Diffusion step of the noised image, 0 to 999. Sensible 300 to 999.
         seed: Seed of the noise.
-        layers: Not used by this method.
-        scope: Not used by this method.
 
     Example:
         >>> import vlm_steer
@@ -67,6 +65,12 @@ class VCD(Method):
 
     def is_neutral(self) -> bool:
         return self.alpha == 0 and self.beta == 0
+
+    def ignored_options(self) -> dict[str, str]:
+        ignored = super().ignored_options()
+        if self.alpha == 0:
+            ignored |= dict.fromkeys(("noise_step", "seed"), "alpha is 0, so there is no contrast")
+        return ignored
 
     def branches(self) -> tuple[Branch, ...]:
         if self.alpha == 0:

@@ -1,7 +1,7 @@
 """VHR: reinforce the heads that react to the image."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -58,11 +58,11 @@ class VHR(Method):
     alpha: float = 2.0
     distance: Literal["l2", "l2sq"] = "l2"
     drop_outliers: bool = True
-    layers: Selector = None  # type: ignore[assignment]
+    layers: Selector = field(
+        default_factory=lambda: {"union": [{"indices": [1]}, {"last": 0.4375}]}
+    )
 
     def __post_init__(self) -> None:
-        if self.layers is None:
-            object.__setattr__(self, "layers", {"union": [{"indices": [1]}, {"last": 0.4375}]})
         super().__post_init__()
         self.require(
             math.isfinite(self.alpha) and self.alpha > 0,
