@@ -93,10 +93,12 @@ def eval_pope(
     skip_bad_images: SkipBadImages = False,
 ) -> None:
     """Ask yes/no questions about objects: on embedded scenes, your files, or a data set."""
+    from .arms import parse_arms
     from .generation import Settings
     from .hub import hub_pope
     from .sources import built_pope, embedded_pope, local_pope
 
+    parse_arms(methods)  # a misspelt arm is reported before anything slow begins
     settings = Settings(max_new_tokens, num_beams, temperature, top_p, seed)
     chosen = chosen_splits(splits)
     refuse_several_sources(questions=questions, annotations=annotations, dataset=dataset)
@@ -174,10 +176,12 @@ def eval_chair(
     skip_bad_images: SkipBadImages = False,
 ) -> None:
     """Count hallucinated objects in captions of embedded scenes, your images, or a data set."""
+    from .arms import parse_arms
     from .generation import Settings
     from .hub import hub_chair
     from .sources import embedded_chair, local_chair
 
+    parse_arms(methods)  # a misspelt arm is reported before anything slow begins
     settings = Settings(max_new_tokens, num_beams, temperature, top_p, seed)
     refuse_several_sources(truth=annotations or objects, dataset=dataset)
     refuse_columns_alone(columns, dataset)

@@ -48,10 +48,8 @@ def run_and_show(
     """
     from vlm_steer.loading import load_model
 
-    from .arms import parse_arms
     from .pipeline import run_benchmark
 
-    parse_arms(methods)  # a misspelt arm is reported before the model is loaded
     model, processor = load_model(model_name, **loading)
     result = run_benchmark(
         task,
