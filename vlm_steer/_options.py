@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Option", "build", "check_values", "describe", "option_names", "plain", "refuse_ignored"]
 
-_LAYER_HOOKS = ("mask", "marks", "scores", "weights", "heads", "mlp", "hidden", "observe")
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Option:
@@ -100,8 +98,10 @@ def check_values(
     cls: "type[Method]", written: Mapping[str, object], place: Place
 ) -> dict[str, Any]:
     """Check names and types of written options and return their Python values."""
-    names = option_names(cls)
+    names, unused = option_names(cls), _unused(cls)
     for name in written:
+        if name in unused:
+            raise _without_effect(cls.name, name, unused[name], place)
         if name not in names:
             raise place[name].error(
                 f"unknown option {name!r} for {cls.name}.{did_you_mean(str(name), names)} "
@@ -112,20 +112,9 @@ def check_values(
 
 def refuse_ignored(method: "Method", written: Mapping[str, object], place: Place) -> None:
     """Raise ConfigError when a written option has no effect under the others."""
-    for name, reason in ignored_options(method).items():
+    for name, reason in method.ignored_options().items():
         if name in written:
-            raise place[name].error(
-                f"{method.name}: {name} has no effect here: {reason}. Remove it."
-            )
-
-
-def ignored_options(method: "Method") -> Mapping[str, str]:
-    """Options that mean nothing under the other options chosen, each with the reason.
-
-    A method says so by defining ``ignored_options``; one that does not uses all of its options.
-    """
-    hook = getattr(method, "ignored_options", None)
-    return {} if hook is None else hook()
+            raise _without_effect(method.name, name, reason, place)
 
 
 def plain(value: object, name: str) -> Any:
@@ -148,6 +137,10 @@ def plain(value: object, name: str) -> Any:
         f"option {name!r} holds a {type(value).__name__}, which cannot be written to a file. "
         "Use numbers, text, lists and mappings."
     )
+
+
+def _without_effect(method: str, option: str, reason: str, place: Place) -> ConfigError:
+    return place[option].error(f"{method}: {option} has no effect here: {reason}. Remove it.")
 
 
 def _check(cls: "type[Method]", name: str, value: object, place: Place) -> Any:
@@ -182,24 +175,21 @@ def _hints(cls: "type[Method]") -> dict[str, Any]:
 
 
 def _fields(cls: "type[Method]") -> list[dataclasses.Field[Any]]:
-    """Fields that are options: those of ``Method`` itself only for methods that act in layers."""
-    unused = () if _acts_in_layers(cls) else _inherited(cls)
+    """The fields that are options, without those of ``Method`` that mean nothing to the class."""
+    unused = _unused(cls)
     return [field for field in dataclasses.fields(cls) if field.init and field.name not in unused]
 
 
-def _acts_in_layers(cls: "type[Method]") -> bool:
+def _unused(cls: "type[Method]") -> dict[str, str]:
+    """Fields of ``Method`` that have no effect on a class whatever its options, with the reason."""
     from vlm_steer.engine.hooks import Method
 
-    return any(getattr(cls, hook) is not getattr(Method, hook) for hook in _LAYER_HOOKS)
-
-
-def _inherited(cls: "type[Method]") -> set[str]:
-    """Names of the fields that come from ``Method`` and that no class below it redefines."""
-    from vlm_steer.engine.hooks import Method
-
+    if any(_is_required(field) for field in dataclasses.fields(cls)):
+        return {}
     below = cls.__mro__[: cls.__mro__.index(Method)]
     redefined = {name for base in below for name in inspect.get_annotations(base)}
-    return {field.name for field in dataclasses.fields(Method)} - redefined
+    common = {field.name for field in dataclasses.fields(Method)} - redefined
+    return {name: why for name, why in cls().ignored_options().items() if name in common}
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

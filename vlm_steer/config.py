@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from vlm_steer._options import Option, build, describe, ignored_options, option_names, plain
+from vlm_steer._options import Option, build, describe, option_names, plain
 from vlm_steer._overrides import apply_overrides
 from vlm_steer._yaml import Place, read_yaml
 from vlm_steer.errors import ConfigError
@@ -242,7 +242,7 @@ def _kind(value: object) -> str:
 
 
 def _dump_one(method: "Method") -> dict[str, Any]:
-    skipped = ignored_options(method)
+    skipped = method.ignored_options()
     options = {
         name: plain(getattr(method, name), name)
         for name in option_names(type(method))

@@ -1,6 +1,6 @@
 """Two methods that exist only while these tests run."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,7 +38,7 @@ class Lens(Method):
         super().__post_init__()
         self.require(0 <= self.power <= 10, f"power must lie in [0, 10], not {self.power}")
 
-    def ignored_options(self) -> Mapping[str, str]:
+    def ignored_options(self) -> dict[str, str]:
         return {} if self.manual else {"focus": "the focus is automatic (manual: false)"}
 
     def heads(self, outputs: Tensor, at: At) -> Tensor:

@@ -79,5 +79,5 @@ def test_an_unknown_preset_is_told_the_nearest():
 
 def test_options_that_only_layers_know_are_no_options_of_a_logits_method():
     assert {"layers", "scope"}.isdisjoint(option.name for option in describe(get_method("vcd")))
-    with pytest.raises(ConfigError, match="unknown option 'layers' for vcd"):
+    with pytest.raises(ConfigError, match="layers has no effect here: vcd acts on"):
         resolve({"method": "vcd", "layers": [0, 4]})
