@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 __all__ = ["register"]
+
+_ROW = "| {arm} | {attention} | {image_tokens} | {prefill:.2f} | {decode:.2f} | {memory:.2f} |"
 
 
 def register(app: typer.Typer) -> None:
@@ -77,3 +79,14 @@ def overhead(
         }
         path = output / "overhead.json"
         path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        (output / "overhead.md").write_text(_markdown(facts), encoding="utf-8")
+
+
+def _markdown(facts: dict[str, Any]) -> str:
+    """The table of a report, one row per setting and base attention."""
+    lines = [
+        "| setting | attention below | image tokens | prefill | per decoded token | peak memory |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    lines += [_ROW.format(**cost) for cost in facts["costs"]]
+    return "\n".join(lines) + "\n"

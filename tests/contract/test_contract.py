@@ -1,6 +1,6 @@
 """What every method promises on every family.
 
-CI runs four families; ``pytest -m matrix tests/contract`` runs the others.
+``pytest`` runs four families; ``pytest -m matrix`` runs the others.
 """
 
 import copy

@@ -237,7 +237,7 @@ class _Rows:
         return torch.cat([scores, extra], dim=-1).softmax(dim=-1)[..., :-1]
 
     def _at(self, bound: Bound, stream: Stream, rows: tuple[int, int]) -> At:
-        columns = self.forward.columns(stream, self.n_keys, self.axis)
+        columns = self.forward.columns(stream, self.n_keys, self.axis, self.query.device)
         return self.forward.at(bound, stream, self.layer, rows, columns)
 
     def _keep_other_rows(
@@ -245,7 +245,7 @@ class _Rows:
     ) -> Tensor:
         if self.forward.every_row_changes(bound.method.rows):
             return new
-        is_row = self.forward.is_row(stream, bound.method.rows, *rows)
+        is_row = self.forward.is_row(stream, bound.method.rows, *rows, self.query.device)
         return torch.where(is_row[:, None, :, None], new, old)
 
     def _is_changed(self, rows: tuple[int, int]) -> Tensor:
@@ -254,7 +254,9 @@ class _Rows:
             (self.query.shape[0], rows[1] - rows[0]), dtype=torch.bool, device=self.query.device
         )
         for bound, stream in self.acting.scores + self.acting.weights:
-            is_changed[stream.batch] |= self.forward.is_row(stream, bound.method.rows, *rows)
+            is_changed[stream.batch] |= self.forward.is_row(
+                stream, bound.method.rows, *rows, self.query.device
+            )
         return is_changed
 
     def _observe(self, weights: Tensor) -> None:
@@ -282,7 +284,8 @@ def _edited_heads(forward: Forward, work: Work, outputs: Tensor) -> Tensor:
         start = forward.first_row([bound])
         if start == length:
             continue
-        at = forward.at(bound, stream, work.site.layer, (start, length), forward.no_columns)
+        columns = forward.no_columns(stream, outputs.device)
+        at = forward.at(bound, stream, work.site.layer, (start, length), columns)
         old = outputs[stream.batch, start:]
         new = bound.method.heads(old, at).to(outputs.dtype)
         if not forward.every_row_changes(bound.method.rows):
@@ -314,7 +317,7 @@ def _edited_mask(
         return forward.masks[name][1]
     allowed = _allowed(query, key, attention_mask)
     for bound, stream in acting:
-        columns = forward.columns(stream, n_keys, work.site.axis)
+        columns = forward.columns(stream, n_keys, work.site.axis, query.device)
         at = forward.at(bound, stream, work.site.layer, (0, length), columns)
         old = allowed[stream.batch]
         new = torch.where(at.is_row[:, :, None], bound.method.mask(old, at), old)

@@ -6,7 +6,6 @@ or classes. ``vlm_steer.engine.active.ACTIVE`` says which forward is running.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -133,10 +132,10 @@ class Forward:
     past: int
     length: int
     observed: dict[str, dict[int, Tensor]] = field(default_factory=dict)
-    _columns: dict[tuple[str, int, str], Columns] = field(default_factory=dict)
-    _row_kinds: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
+    _columns: dict[tuple[str, int, str, torch.device], Columns] = field(default_factory=dict)
+    _row_kinds: dict[tuple[str, int, int, torch.device], Tensor] = field(default_factory=dict)
     _closed: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _is_row: dict[tuple[str, Rows, int, int], Tensor] = field(default_factory=dict)
+    _is_row: dict[tuple[str, Rows, int, int, torch.device], Tensor] = field(default_factory=dict)
     masks: dict[tuple[int, int, tuple[int, ...]], tuple[Tensor | None, Tensor]] = field(
         default_factory=dict
     )
@@ -213,27 +212,31 @@ class Forward:
             first = 0
         return min(max(first - self.past, 0), self.length)
 
-    def columns(self, stream: Stream, n_keys: int, axis: str) -> Columns:
-        """Key columns of a layer for one stream."""
-        key = (stream.name, n_keys, axis)
+    def columns(self, stream: Stream, n_keys: int, axis: str, device: torch.device) -> Columns:
+        """Key columns of a layer for one stream, on the device of that layer."""
+        key = (stream.name, n_keys, axis, device)
         if key not in self._columns:
             if axis == "cross":
                 rows = stream.layout.kinds.shape[0]
                 kinds = stream.layout.kinds.new_full((rows, n_keys), Columns.IMAGE)
             else:
                 kinds = stream.layout.keys(n_keys, self.total)
-            self._columns[key] = Columns(kinds)
+            self._columns[key] = Columns(kinds.to(device))
         return self._columns[key]
 
-    def is_row(self, stream: Stream, policy: Rows, start: int, stop: int) -> Tensor:
+    def is_row(
+        self, stream: Stream, policy: Rows, start: int, stop: int, device: torch.device
+    ) -> Tensor:
         """``[batch, rows]``: which of the rows ``start:stop`` a row policy allows to change."""
-        key = (stream.name, policy, start, stop)
+        key = (stream.name, policy, start, stop, device)
         if key not in self._is_row:
-            self._is_row[key] = self._rows_allowed(stream, policy, start, stop)
+            self._is_row[key] = self._rows_allowed(stream, policy, start, stop, device)
         return self._is_row[key]
 
-    def _rows_allowed(self, stream: Stream, policy: Rows, start: int, stop: int) -> Tensor:
-        kinds = self.row_kinds(stream, start, stop)
+    def _rows_allowed(
+        self, stream: Stream, policy: Rows, start: int, stop: int, device: torch.device
+    ) -> Tensor:
+        kinds = self.row_kinds(stream, start, stop, device)
         if policy == "all":
             return kinds != Columns.PADDING
         if policy == "image":
@@ -245,12 +248,13 @@ class Forward:
         position = torch.arange(self.past + start, self.past + stop, device=kinds.device)
         return (position >= stream.layout.prompt_length - 1).expand(kinds.shape)
 
-    def row_kinds(self, stream: Stream, start: int, stop: int) -> Tensor:
+    def row_kinds(self, stream: Stream, start: int, stop: int, device: torch.device) -> Tensor:
         """``[batch, rows]`` kinds of the query rows ``start:stop``."""
-        key = (stream.name, start, stop)
+        key = (stream.name, start, stop, device)
         if key not in self._row_kinds:
             kinds = stream.layout.upto(self.total)
-            self._row_kinds[key] = kinds[:, self.past + start : self.past + stop]
+            kinds = kinds[:, self.past + start : self.past + stop]
+            self._row_kinds[key] = kinds.to(device)
         return self._row_kinds[key]
 
     def every_row_changes(self, policy: Rows) -> bool:
@@ -261,6 +265,7 @@ class Forward:
         self, bound: Bound, stream: Stream, layer: int, rows: tuple[int, int], columns: Columns
     ) -> At:
         """The view for one hook call."""
+        device = columns.kinds.device
 
         def once(name: str, make: Callable[[], Tensor]) -> Tensor:
             key = (bound.index, layer, name)
@@ -276,8 +281,8 @@ class Forward:
             n_layers=self.call.plan.model.n_layers,
             step=self.call.step,
             columns=columns,
-            is_row=self.is_row(stream, bound.method.rows, *rows),
-            row_kinds=self.row_kinds(stream, *rows),
+            is_row=self.is_row(stream, bound.method.rows, *rows, device),
+            row_kinds=self.row_kinds(stream, *rows, device),
             marks=marks,
             plan=bound.constants,
             prepared=stream.prepared.get(bound.index),
@@ -295,8 +300,9 @@ class Forward:
         if self.is_decoding:
             return
         for bound, stream in self.acting(self.call.plan.marks[layer]):
-            at = self.at(bound, stream, layer, (0, self.length), self.no_columns)
-            is_prompt = self.row_kinds(stream, 0, self.length)
+            columns = self.no_columns(stream, hidden.device)
+            at = self.at(bound, stream, layer, (0, self.length), columns)
+            is_prompt = at.row_kinds
             is_prompt = (is_prompt != Columns.PADDING) & (is_prompt != Columns.GENERATED)
             new = bound.method.marks(hidden[stream.batch], at) & is_prompt
             old = stream.marks.get((bound.index, layer), new[:, :0])
@@ -310,7 +316,8 @@ class Forward:
             start = self.first_row([bound])
             if start == self.length:
                 continue
-            at = self.at(bound, stream, layer, (start, self.length), self.no_columns)
+            columns = self.no_columns(stream, tensor.device)
+            at = self.at(bound, stream, layer, (start, self.length), columns)
             old = tensor[stream.batch, start:]
             new = getattr(bound.method, hook)(old, at).to(tensor.dtype)
             if not self.every_row_changes(bound.method.rows):
@@ -324,10 +331,9 @@ class Forward:
                 tensor[stream.batch, start:] = new
         return tensor
 
-    @cached_property
-    def no_columns(self) -> Columns:
+    def no_columns(self, stream: Stream, device: torch.device) -> Columns:
         """Columns for hooks that do not look at keys."""
-        return Columns(self.streams[0].layout.kinds[:, :0])
+        return self.columns(stream, 0, "self", device)
 
 
 def _fit(marks: Tensor, n_keys: int, total: int) -> Tensor:

@@ -84,6 +84,6 @@ class Layout:
         """
         kinds = self.upto(total)
         if n_keys <= total:
-            return kinds[:, total - n_keys :]
+            return kinds[:, total - n_keys : total]
         empty = kinds.new_full((kinds.shape[0], n_keys - total), Columns.PADDING)
         return torch.cat([kinds, empty], dim=1)

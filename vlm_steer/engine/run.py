@@ -215,7 +215,8 @@ class Run:
     def _record(self, forward: Forward) -> None:
         call = forward.call
         for name, layers in forward.observed.items():
-            stacked = torch.stack([layers[layer] for layer in sorted(layers)], dim=1)
+            seen = [layers[layer] for layer in sorted(layers)]
+            stacked = torch.stack([record.to(seen[0].device) for record in seen], dim=1)
             call.records.setdefault(name, []).append(stacked)
 
     def _with_logits(self, owner: nn.Module, output: Any) -> Any:

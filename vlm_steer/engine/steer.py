@@ -415,14 +415,14 @@ class _Installation:
         if steering is None or steering.is_off or is_capturing():
             return
 
-        def again(past_key_values: Any, use_cache: bool, **inputs: Any) -> Any:  # noqa: ARG001
+        def again(past_key_values: Any, use_cache: bool, **inputs: Any) -> Any:
             return model(**inputs)
 
         source = Source(self.info.model, again, named_arguments(model, args, kwargs))
         run = steering.new_run(source, None)
         run.enclosing = _GENERATION.set(run)
 
-    def _unclose(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG002
+    def _unclose(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         run = self._generation()
         if run is None or run.enclosing is None:
             return

@@ -1,0 +1,74 @@
+"""The cost benchmark measures and reports; its numbers are never asserted."""
+
+import json
+import math
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from vlm_steer.cli import build_app
+from vlm_steer.errors import ConfigError
+from vlm_steer_eval import bench
+
+
+@pytest.fixture(autouse=True)
+def tiny_shape(monkeypatch):
+    shape = bench.Shape(hidden=32, intermediate=32, layers=2, heads=2, vocabulary=64)
+    monkeypatch.setitem(bench.SHAPES, "nano", shape)
+
+
+def test_every_setting_gets_ratios_over_both_kernels():
+    costs = bench.measure_overhead(
+        list(bench.ARMS), shape="nano", image_tokens=16, new_tokens=3, repeats=1
+    )
+    assert {cost.attention for cost in costs} == {"sdpa", "eager"}
+    assert {cost.arm for cost in costs} == {*bench.ARMS, "none"}
+    for cost in costs:
+        assert cost.prefill > 0
+        assert cost.decode > 0
+        assert cost.memory > 0 or math.isnan(cost.memory)
+
+
+def test_the_model_is_given_back_unsteered_and_on_sdpa():
+    model = bench.build_model(bench.SHAPES["nano"], 16, device="cpu", dtype=torch.float32)
+    inputs = bench._inputs(model, 16)
+    bench._timings(model, inputs, bench.ARMS["pai"], "eager", 3)
+    assert model.config.text_config._attn_implementation == "sdpa"
+    assert "generate" not in vars(model)
+
+
+@pytest.mark.parametrize(
+    ("arms", "shape", "tokens"),
+    [(["pia"], "nano", 16), (["pai"], "big", 16), (["pai"], "nano", 15)],
+)
+def test_what_is_not_known_is_an_error_with_the_choices(arms, shape, tokens):
+    with pytest.raises(ConfigError, match="known|square"):
+        bench.measure_overhead(arms, shape=shape, image_tokens=tokens)
+
+
+def test_the_command_writes_json_and_a_table(tmp_path):
+    result = CliRunner().invoke(
+        build_app(),
+        [
+            "bench",
+            "overhead",
+            "--methods",
+            "pai",
+            "--shape",
+            "nano",
+            "--image-tokens",
+            "16",
+            "--new-tokens",
+            "3",
+            "--repeats",
+            "1",
+            "--no-eager",
+            "--output",
+            str(tmp_path),
+        ],
+    )
+    assert result.exit_code == 0, result.output
+    facts = json.loads((tmp_path / "overhead.json").read_text())
+    assert [cost["arm"] for cost in facts["costs"]] == ["pai"]
+    assert "| pai | sdpa | 16 |" in (tmp_path / "overhead.md").read_text()
