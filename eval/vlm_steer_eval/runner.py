@@ -13,11 +13,11 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]  # ships no types
 
 import vlm_steer
-from vlm_steer.errors import DataError, SteerWarning
+from vlm_steer.errors import ConfigError, DataError, SteerWarning
 from vlm_steer.generation import halving, render_prompt
 
 from .arms import Arm
-from .files import reporting_write_errors, write_json
+from .files import read_json, reporting_write_errors, write_json
 from .fingerprint import model_fingerprint, versions
 from .generation import Generator, Output, Settings, item_seed
 from .genlog import GenerationLog, content_key
@@ -27,6 +27,7 @@ from .tasks import Item, Task
 __all__ = ["RunResult", "run_arms"]
 
 LOG_NAME = "generations.jsonl"
+RUN_NAME = "run.json"
 TIMINGS_NAME = "timings.jsonl"
 
 
@@ -77,10 +78,12 @@ def run_arms(
         output: folder of the log.
 
     Raises:
+        ConfigError: the folder holds a run of another benchmark.
         DataError: every image is unusable, another run is writing to the folder, or the disk is
             full.
         SteerError: memory runs out with a batch of one, or the model cannot be steered as asked.
     """
+    _refuse_other_benchmark(output / RUN_NAME, task.name)
     digests, failures = _check_images(task.items)
     usable = [item for item in task.items if item.id in digests]
     if not usable:
@@ -95,7 +98,7 @@ def run_arms(
         "versions": versions(),
         "methods": {arm.name: arm.config for arm in arms},
     }
-    write_json(output / "run.json", provenance)
+    write_json(output / RUN_NAME, provenance)
     result = RunResult({}, failures, provenance=provenance)
     generator = Generator(model, processor, settings, task.first_token_words)
     with GenerationLog(output / LOG_NAME) as log:
@@ -221,6 +224,15 @@ class _ArmRun:
             self._timings.open("a", encoding="utf-8") as file,
         ):
             file.write(json.dumps(row) + "\n")
+
+
+def _refuse_other_benchmark(path: Path, name: str) -> None:
+    """Its scores and samples would be overwritten."""
+    earlier = read_json(path).get("benchmark", name) if path.is_file() else name
+    if earlier != name:
+        raise ConfigError(
+            f"{path.parent} holds a run of {earlier}; give the run of {name} another --output"
+        )
 
 
 def _check_images(items: Sequence[Item]) -> tuple[dict[str, str], list[dict[str, str]]]:

@@ -69,7 +69,13 @@ def test_made_up_captions_score_as_published_from_coco_annotations(opera, golden
 
 @pytest.mark.parametrize(
     "file",
-    ["opera_llava-1.5_greedy.jsonl", "cca_llava-v1.5-7b_coco_chair_short_ans.jsonl"],
+    [
+        "cca_llava-v1.5-7b_coco_chair_short_ans.jsonl",
+        pytest.param("opera_llava-1.5_greedy.jsonl", marks=pytest.mark.slow),
+        pytest.param("opera_minigpt4_beam5.jsonl", marks=pytest.mark.slow),
+        pytest.param("lessismore_r1-llava1.5-7b.jsonl", marks=pytest.mark.slow),
+        pytest.param("lessismore_r2-vcd.jsonl", marks=pytest.mark.slow),
+    ],
 )
 def test_published_captions_score_as_published(opera, golden, data_folder, file):
     expected = golden("chair/real_expected.json")["files"][file]["nltk"]
@@ -93,7 +99,7 @@ def test_published_captions_score_as_published(opera, golden, data_folder, file)
 
 def test_table_verdicts_stay_close_to_the_published_rule_on_real_captions(opera, data_folder):
     truth = load_object_sets(data_folder / "chair/coco_objects_nltk.json.gz")
-    captions = read_rows(data_folder / "chair/captions/opera_llava-1.5_greedy.jsonl")[:150]
+    captions = read_rows(data_folder / "chair/captions/opera_llava-1.5_greedy.jsonl")[:80]
     verdicts = [
         [
             bool(
@@ -106,7 +112,7 @@ def test_table_verdicts_stay_close_to_the_published_rule_on_real_captions(opera,
         for rule in (TABLE, opera)
     ]
     differing = sum(a != b for a, b in zip(*verdicts, strict=True))
-    assert differing <= 9
+    assert differing <= 5
 
 
 @pytest.mark.parametrize(

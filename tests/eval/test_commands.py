@@ -34,7 +34,7 @@ def answer_file(tmp_path):
 
 
 def test_help_is_instant_and_shows_an_example():
-    for arguments in ("eval pope", "eval chair", "score pope", "score chair", "demo"):
+    for arguments in ("eval pope", "score chair", "demo"):
         script = (
             "import sys\nfrom vlm_steer.cli import main\n"
             f"try:\n    main({[*arguments.split(), '--help']!r})\n"
@@ -273,16 +273,15 @@ def test_a_model_that_does_not_exist_exits_with_1(command, question_file, image_
     assert "nothing" in err
 
 
-@pytest.mark.slow
 def test_demo_compares_steered_settings_and_reports_them(command, tmp_path):
     output = tmp_path / "demo"
     code, out, _ = command(
-        "demo", "--methods", "none,pai,var,vhr,vcd", "--pope-scenes", 1, "--chair-scenes", 2,
+        "demo", "--methods", "var,vcd", "--scenes", "iid", "--pope-scenes", 1, "--chair-scenes", 1,
         "--output", output,
     )  # fmt: skip
     assert code == 0
     result = json.loads((output / "demo.json").read_text())
-    assert set(result["chair"]["arms"]) == {"none", "pai", "var", "vhr", "vcd"}
+    assert set(result["chair"]["arms"]) == {"none", "var", "vcd"}
     assert set(result["pope"]["arms"]["none"]) == {"random", "popular", "adversarial", "all"}
     # The embedded model has no attention sinks, and that must be said.
     assert "var" in result["pope"]["changed_nothing"]

@@ -1,5 +1,6 @@
 """Runs that can be killed, continued and repeated."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -257,6 +258,13 @@ def test_samples_hold_everything_needed_to_check_a_score(
     assert provenance["model"]["name"] == "tiny"
     timings = (tmp_path / "out" / "timings.jsonl").read_text().splitlines()
     assert sum(json.loads(line)["answers"] for line in timings) == 16
+
+
+def test_another_benchmark_does_not_overwrite_a_run(tiny, question_file, image_folder, tmp_path):
+    task = _task(question_file, image_folder)
+    _run(tiny, task, tmp_path / "out")
+    with pytest.raises(ConfigError, match="holds a run of pope"):
+        _run(tiny, dataclasses.replace(task, name="chair"), tmp_path / "out")
 
 
 def test_fingerprint_changes_with_the_weights_and_not_with_the_run(tiny):

@@ -44,7 +44,12 @@ def interval_chart(
         "font.family": "sans-serif",
     }
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(1.6 + 2.6 * len(panels), 0.7 + 0.34 * len(rows)))
+        margin = 0.25 + 0.075 * max(map(len, rows))
+        width, height = margin + 2.6 * len(panels), 0.7 + 0.34 * len(rows)
+        figure = Figure(figsize=(width, height))
+        figure.subplots_adjust(
+            left=margin / width, right=1 - 0.1 / width, bottom=0.3 / height, top=1 - 0.3 / height
+        )
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axis, (title, estimates) in zip(axes, panels.items(), strict=True):
             for row, estimate in enumerate(estimates):
@@ -60,7 +65,6 @@ def interval_chart(
             axis.grid(axis="x", color="#e4e4e4", linewidth=0.6)
             axis.set_axisbelow(True)
             axis.spines[["top", "right", "left"]].set_visible(False)
-        figure.tight_layout()
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     svg = buffer.getvalue()
