@@ -97,18 +97,26 @@ def _options(
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="A method, to see its options.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="A method, to see its options, or a preset.")
+    ] = None,
     as_json: AsJson = False,
     markdown: Annotated[bool, typer.Option(help="Print the table of the README.")] = False,
 ) -> None:
-    """List the methods and presets, or explain one method."""
+    """List the methods and presets, or explain one of them."""
     from dataclasses import asdict
 
     from vlm_steer.commands import catalog, tables
-    from vlm_steer.config import list_presets
+    from vlm_steer.config import dump, find_preset, list_presets, resolve
+    from vlm_steer.registry import list_methods
 
     if markdown:
         typer.echo(catalog.markdown_table())
+    elif name in list_presets() and name not in list_methods():
+        if as_json:
+            _print_json(dump(resolve(name)))
+        else:
+            typer.echo(find_preset(name).read_text(encoding="utf-8"), nl=False)
     elif name is not None:
         entry = catalog.entry(name)
         _print_json(asdict(entry)) if as_json else tables.show_method(entry)

@@ -11,6 +11,7 @@ import typer
 
 import vlm_steer
 from vlm_steer import cli
+from vlm_steer.config import dump, find_preset, resolve
 from vlm_steer.errors import ConfigError, DataError, SteerError, SteerWarning
 from vlm_steer.registry import list_methods
 
@@ -180,6 +181,11 @@ def test_a_method_is_explained_with_its_options(run):
         for option in json.loads(run("methods", "vhr", "--json").out)["options"]
     }
     assert options["layers"]["default"] == {"union": [{"indices": [1]}, {"last": 0.4375}]}
+
+
+def test_a_preset_is_shown_as_its_file_and_as_data(run):
+    assert run("methods", "pai_vcd").out == find_preset("pai_vcd").read_text()
+    assert json.loads(run("methods", "pai_vcd", "--json").out) == dump(resolve("pai_vcd"))
 
 
 def test_an_unknown_method_is_told_the_nearest(run):
