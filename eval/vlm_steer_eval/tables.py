@@ -134,11 +134,7 @@ def footnotes(scores: Mapping[str, Any]) -> list[str]:
         f"{arm}: changed nothing in this model; its row repeats '{scores['baseline']}'"
         for arm in scores["changed_nothing"]
     ]
-    lines += [
-        note if note.startswith(f"{arm}: ") else f"{arm}: {note}"
-        for arm, notes in scores["notes"].items()
-        for note in notes
-    ]
+    lines += [f"[{arm}] {note}" for arm, notes in scores["notes"].items() for note in notes]
     if scores["excluded"]:
         lines.append(f"{len(scores['excluded'])} items were left out because of their image")
     return lines
