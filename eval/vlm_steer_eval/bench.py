@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]  # ships no types
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -120,7 +120,7 @@ def build_model(
             bos_token_id=1,
             eos_token_id=None,
         ),
-        image_token_id=_IMAGE_TOKEN,
+        image_token_index=_IMAGE_TOKEN,
     )
     torch.manual_seed(0)
     with torch.device(device):
@@ -131,7 +131,8 @@ def build_model(
         finally:
             torch.set_default_dtype(default)
     model.generation_config.eos_token_id = None
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def measure_overhead(
@@ -218,7 +219,8 @@ def _timings(
         warnings.simplefilter("ignore", SteerWarning)
         with _peak_memory(model) as peak, vlm_steer.steer(model, spec):
             clock.start()
-            model.generate(
+            generate: Any = model.generate
+            generate(
                 **inputs,
                 max_new_tokens=1 + new_tokens,
                 do_sample=False,

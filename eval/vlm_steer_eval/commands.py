@@ -56,10 +56,10 @@ def demo(
     scenes: EmbeddedScenes = "broken",
     pope_scenes: Annotated[
         int, typer.Option("--pope-scenes", min=1, help="Scenes to ask about.")
-    ] = 20,
+    ] = 14,
     chair_scenes: Annotated[
         int, typer.Option("--chair-scenes", min=1, help="Scenes to describe.")
-    ] = 80,
+    ] = 70,
     seed: Seed = 0,
 ) -> None:
     """Show on the embedded model what steering changes: POPE and CHAIR, with intervals."""

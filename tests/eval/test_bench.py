@@ -43,7 +43,7 @@ def test_the_model_is_given_back_unsteered_and_on_sdpa():
     [(["pia"], "nano", 16), (["pai"], "big", 16), (["pai"], "nano", 15)],
 )
 def test_what_is_not_known_is_an_error_with_the_choices(arms, shape, tokens):
-    with pytest.raises(ConfigError, match="known|square"):
+    with pytest.raises(ConfigError, match=r"known|square"):
         bench.measure_overhead(arms, shape=shape, image_tokens=tokens)
 
 

@@ -46,7 +46,10 @@ def main(arguments: list[str] | None = None) -> None:
 def _has_fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
-    # A processor without the instructions emulates them, three times slower than float32.
+    # A processor without the instructions emulates them, three times slower than float32; older
+    # releases of torch cannot tell.
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return False
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
