@@ -72,6 +72,11 @@ class VHR(Method):
     def is_neutral(self) -> bool:
         return self.alpha == 1
 
+    def ignored_options(self) -> dict[str, str]:
+        if self.drop_outliers:
+            return {}
+        return {"distance": "drop_outliers is false, and ranks do not depend on the distance"}
+
     def prepare(self, reference: Reference) -> Any:
         return reference.head_outputs_without_image(reference.layers)
 
