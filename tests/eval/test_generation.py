@@ -37,13 +37,13 @@ def test_a_rows_noise_does_not_depend_on_its_neighbours():
 
 
 def test_sampled_answers_do_not_depend_on_order_or_batch(tiny):
-    settings = Settings(max_new_tokens=8, temperature=1.0, top_p=0.95, seed=11)
+    settings = Settings(max_new_tokens=8, temperature=3.0, top_p=0.95, seed=11)
     together = _run(tiny, settings, [0, 1, 2])
     shuffled = _run(tiny, settings, [2, 0, 1])
     alone = {i: _run(tiny, settings, [i])[i] for i in range(3)}
     for i in range(3):
         assert together[i].text == shuffled[i].text == alone[i].text
-    other = _run(tiny, Settings(max_new_tokens=8, temperature=1.0, seed=12), [0, 1, 2])
+    other = _run(tiny, Settings(max_new_tokens=8, temperature=3.0, seed=12), [0, 1, 2])
     assert any(other[i].text != together[i].text for i in range(3))
 
 
