@@ -65,6 +65,7 @@ def test_effect_counts_rows_heads_and_mass(family: zoo.Family) -> None:
     # The last prompt row and the first decoded row, of two prompts each.
     assert all(layer["rows"] == 4 for layer in effect["layers"].values())
     assert all(layer["mass"] > 0 for layer in effect["layers"].values())
+    assert all(layer["heads"] == 4 for layer in effect["layers"].values())
 
 
 def test_a_steering_without_effect_warns_once(family: zoo.Family) -> None:

@@ -293,7 +293,12 @@ class Forward:
         """Add to the account of what a method changed."""
         touches = self.call.touches
         key = (bound.index, layer)
-        touches[key] = touches[key] + amount if key in touches else amount
+        if key in touches:
+            rows, heads, mass = touches[key]
+            amount = torch.stack(
+                [rows + amount[0], torch.maximum(heads, amount[1]), mass + amount[2]]
+            )
+        touches[key] = amount
 
     def mark(self, layer: int, hidden: Tensor) -> None:
         """Let methods mark positions from a layer's input ``[batch, rows, hidden]``."""
