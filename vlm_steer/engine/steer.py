@@ -102,7 +102,7 @@ class Steering:
 
         Returns:
             Per method: ``layers`` maps a layer to the number of attention or hidden-state rows
-            changed, the number of heads changed (mean over the batch, largest pass), and the attention mass
+            changed, the heads changed (mean over the batch, largest pass), and the attention mass
             moved (sum over rows and heads of half the absolute difference); ``probability_moved``
             is the same for next-token probabilities, per row. Empty before the first generation.
         """
