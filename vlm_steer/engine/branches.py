@@ -250,7 +250,7 @@ class Branches:
     ) -> _Running:
         kinds = self.call.positive.layout.prompt
         if branch.drop_image:
-            is_kept = (kinds != Columns.PADDING) & (kinds != Columns.IMAGE)
+            is_kept = Columns(kinds).is_text
             prompt = without_image(self.source.whole_prompt(kwargs, past), is_kept)
             order = torch.argsort(is_kept.int(), dim=1, stable=True)[:, -n_tokens(prompt) :]
             kinds = kinds.gather(1, order) * prompt["attention_mask"].to(kinds.dtype)

@@ -100,6 +100,11 @@ class Columns:
         return self.kinds == self.IMAGE
 
     @cached_property
+    def is_text(self) -> Tensor:
+        """Tokens that are not image tokens, prompt or generated."""
+        return ~(self.is_padding | self.is_image)
+
+    @cached_property
     def is_instruction(self) -> Tensor:
         """Prompt tokens after the first image token that are not image tokens."""
         return self.kinds == self.INSTRUCTION

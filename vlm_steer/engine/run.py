@@ -185,7 +185,7 @@ class Run:
     def _prepare(self, call: Call, owner: nn.Module, kwargs: dict[str, Any], bound: Bound) -> Any:
         def head_outputs_without_image(layers: tuple[int, ...]) -> dict[int, Tensor]:
             kinds = call.positive.layout.prompt
-            is_kept = (kinds != Columns.PADDING) & (kinds != Columns.IMAGE)
+            is_kept = Columns(kinds).is_text
             prompt = without_image(self.source.whole_prompt(kwargs, self._past), is_kept)
             probe = Probe(self.plan.model.sites, frozenset(layers))
             token = ACTIVE.set(probe)
