@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tests.families import zoo
 from vlm_steer.engine.hooks import At, Attends, Branch, LogitsAt, Method, Rows
+from vlm_steer.registry import list_methods
 
 CI_FAMILIES = ("llava", "qwen2_5_vl", "gemma3", "mllama")
 
@@ -35,6 +36,9 @@ ACTIVE = {
         ]
     },
 }
+
+ACTIVE |= {name: {"method": name} for name in list_methods() if name not in ACTIVE}
+# Methods that need no setting of their own are tested with their defaults.
 
 NEUTRAL = {
     "pai": {"method": "pai", "alpha": 0.0, "gamma": 1.0},
