@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from vlm_steer._yaml import Place, parse_yaml
-from vlm_steer.errors import ConfigError
+from vlm_steer.errors import ConfigError, without_effect
 from vlm_steer.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def plain(value: object, name: str) -> Any:
 
 
 def _without_effect(method: str, option: str, reason: str, place: Place) -> ConfigError:
-    return place[option].error(f"{method}: {option} has no effect here: {reason}. Remove it.")
+    return place[option].error(without_effect(method, option, reason))
 
 
 def _check(cls: "type[Method]", name: str, value: object, place: Place) -> Any:

@@ -10,6 +10,7 @@ __all__ = [
     "SteerError",
     "SteerWarning",
     "UnsupportedModelError",
+    "without_effect",
 ]
 
 
@@ -35,3 +36,8 @@ class DataError(SteerError):
 
 class SteerWarning(UserWarning):
     """Something legal but probably not wanted, such as a steering that changes nothing."""
+
+
+def without_effect(method: str, option: str, reason: str) -> str:
+    """What a user is told who sets an option that has no effect under the others."""
+    return f"{method}: {option} has no effect here: {reason}. Remove it."

@@ -440,3 +440,13 @@ def test_eager_base_equals_sdpa_base() -> None:
         with vlm_steer.steer(family.model, [PAI, {"method": "vhr"}]):
             results.append(generate(family, two_rows(family)))
     assert_close(*results)
+
+
+def test_update_judges_options_given_together_together(family: zoo.Family) -> None:
+    with vlm_steer.steer(family.model, PAI) as steering:
+        with pytest.raises(ConfigError, match="beta has no effect here"):
+            steering.update(beta=0.2)
+        steering.update(beta=0.2, gamma=1.5)
+        assert steering.plan.methods[0] == vlm_steer.get_method("pai")(
+            alpha=0.5, beta=0.2, gamma=1.5
+        )

@@ -25,7 +25,7 @@ A hook that is not overridden costs nothing.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 from torch import Tensor
 
 from vlm_steer.engine.selectors import Selector, check_selector, select
-from vlm_steer.errors import ConfigError
+from vlm_steer.errors import ConfigError, without_effect
 
 if TYPE_CHECKING:
     from vlm_steer.engine.model import ModelInfo
@@ -189,8 +189,19 @@ class Reference:
 _LAYER_HOOKS = ("mask", "marks", "scores", "weights", "heads", "mlp", "hidden", "observe")
 
 
+class _Strict(type):
+    """Refuses options that a user passes to a method and that the others make meaningless."""
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        method = super().__call__(*args, **options)
+        # dataclasses.replace and copy.replace pass every field, chosen or not.
+        if len(options) < sum(field.init for field in dataclasses.fields(method)):
+            method.refuse_ignored(options)
+        return method
+
+
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(metaclass=_Strict):
     """Base of every intervention and observer.
 
     Subclasses are frozen, keyword-only dataclasses registered with ``register_method``. They
@@ -226,7 +237,7 @@ class Method:
     def ignored_options(self) -> dict[str, str]:
         """Options without effect under the others chosen, each with the reason.
 
-        Writing one of them in a configuration is an error.
+        Writing one of them in a configuration, or passing it to the class, is an error.
         """
         if any(self.overrides(hook) for hook in _LAYER_HOOKS):
             return {}
@@ -316,8 +327,16 @@ class Method:
         if not condition:
             raise ConfigError(f"{self.name}: {message}")
 
+    def refuse_ignored(self, given: Iterable[str]) -> None:
+        """Raise ConfigError when one of the options given has no effect under the others."""
+        ignored = self.ignored_options()
+        for option in given:
+            if option in ignored:
+                name = self.name or type(self).__name__
+                raise ConfigError(without_effect(name, option, ignored[option]))
+
     def replace(self, **changes: Any) -> "Method":
-        """A copy with other parameters."""
+        """A copy with other parameters; those kept may lose their effect, those given may not."""
         known = {f.name for f in dataclasses.fields(self)}
         unknown = sorted(set(changes) - known)
         if unknown:
@@ -325,4 +344,6 @@ class Method:
                 f"{self.name} has no option {', '.join(unknown)}. "
                 f"It has {', '.join(sorted(known))}."
             )
-        return dataclasses.replace(self, **changes)
+        method = dataclasses.replace(self, **changes)
+        method.refuse_ignored(changes)
+        return method

@@ -81,9 +81,10 @@ class Steering:
             ConfigError: No method, or more than one, has the option.
         """
         methods = {method.name: method for method in self._plan.methods}
+        options: dict[str, dict[str, Any]] = {}
         for name, value in changes.items():
             if name in methods and isinstance(value, dict):
-                methods[name] = methods[name].replace(**value)
+                options.setdefault(name, {}).update(value)
                 continue
             owners = [m for m in methods.values() if name in m.__dataclass_fields__]
             if len(owners) != 1:
@@ -92,7 +93,9 @@ class Steering:
                     f"update({name}=...): {having} has this option. Name the method: "
                     f"update(pai={{{name!r}: ...}})."
                 )
-            methods[owners[0].name] = owners[0].replace(**{name: value})
+            options.setdefault(owners[0].name, {})[name] = value
+        for name, values in options.items():
+            methods[name] = methods[name].replace(**values)
         self._plan = make_plan(tuple(methods.values()), self._installation.info)
         self._effective.clear()
         self._warned = False
