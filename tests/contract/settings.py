@@ -27,6 +27,8 @@ ACTIVE = {
         "max_sink_ratio": 1.0,
         "min_image_mass": 0.0,
     },
+    "vaf_heads": {"method": "vaf", "magnitude": True, "head_share": 0.5, "layers": "all"},
+    "vaf+vcd": {"methods": [{"method": "vaf", "scope": "all"}, {"method": "vcd"}]},
     "lookback_ratio": {"method": "lookback_ratio"},
     "pai+vcd": {"methods": [{"method": "pai", "gamma": 1.0}, {"method": "vcd"}]},
     "var+vhr": {
@@ -45,6 +47,7 @@ NEUTRAL = {
     "vcd": {"method": "vcd", "alpha": 0.0, "beta": 0.0},
     "vhr": {"method": "vhr", "alpha": 1.0},
     "var": {"method": "var", "keep": 1.0},
+    "vaf": {"method": "vaf", "alpha": 0.0, "beta": 0.0},
     "lookback_ratio": {"method": "lookback_ratio"},
 }
 """Parameters at which a method is the unsteered model. ``mma`` has none: it has no strength."""
@@ -53,6 +56,7 @@ REFUSALS = {
     ("mllama", "mma"): "cross-attention",
     ("mllama", "var"): "cross-attention",
     ("mllama", "var+vhr"): "cross-attention",
+    ("mllama", "vaf_heads"): "cross-attention",
 }
 """(family, setting) refused at attach, with a word of the reason. Reviewed: add with care."""
 

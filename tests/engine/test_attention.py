@@ -1,6 +1,7 @@
 """Cost and correctness of THE attention function."""
 
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ import vlm_steer
 from tests.contract.settings import ACTIVE
 from tests.families import zoo
 from vlm_steer.engine import attention
-from vlm_steer.errors import UnsupportedModelError
+from vlm_steer.engine.hooks import At, Method, Rows
+from vlm_steer.errors import SteerError, UnsupportedModelError
 
 
 class LargestTensor(TorchDispatchMode):
@@ -32,7 +34,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.filterwarnings("ignore::vlm_steer.errors.SteerWarning")
-@pytest.mark.parametrize("setting", ["pai", "var", "vhr", "mma", "lookback_ratio"])
+@pytest.mark.parametrize("setting", ["pai", "var", "vhr", "mma", "vaf", "lookback_ratio"])
 def test_no_tensor_of_a_long_prefill_has_heads_times_sequence_squared_entries(
     setting: str,
 ) -> None:
@@ -116,3 +118,35 @@ def test_registered_names_bring_their_masks() -> None:
         assert key in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys()
         assert not any(word in key for word in ("/", "flash", "sdpa"))
         assert attention.base_name(key) == implementation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreseeing(Method):
+    """Keeps the weights that its scores hook foresees, and those that its weights hook gets."""
+
+    name: ClassVar[str] = "foreseeing"
+    rows: ClassVar[Rows] = "text"
+    seen: dict[str, list[torch.Tensor]] = field(default_factory=lambda: {"before": [], "after": []})
+
+    def scores(self, scores: torch.Tensor, at: At) -> torch.Tensor:
+        boosted = scores + 1.0 * at.columns.is_image[:, None, None]
+        self.seen["before"].append(at.softmax(boosted) * at.is_row[:, None, :, None])
+        return boosted
+
+    def weights(self, weights: torch.Tensor, at: At) -> torch.Tensor:
+        self.seen["after"].append(weights * at.is_row[:, None, :, None])
+        with pytest.raises(SteerError, match="scores hook"):
+            at.softmax(weights)
+        return weights
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3"])  # without and with a soft cap and windows
+def test_the_scores_hook_can_foresee_the_weights_of_its_rows(name: str) -> None:
+    family = zoo.load(name)
+    batch = family.batch([family.inputs(n_text=5), family.inputs(n_text=9, seed=1)])
+    method = Foreseeing()
+    with vlm_steer.steer(family.model, method):
+        family.model.generate(**batch, max_new_tokens=3, do_sample=False)
+    before, after = method.seen["before"], method.seen["after"]
+    assert len(before) == len(after) > 4
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))

@@ -8,6 +8,7 @@ blocks of at most ``_BLOCK`` rows: no tensor is ever ``[batch, heads, sequence, 
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -193,9 +194,9 @@ class _Rows:
         measured = self.forward.call.is_measured
         for bound, stream in self.acting.scores:
             old = scores[stream.batch]
-            new = self._keep_other_rows(
-                bound, stream, rows, old, bound.method.scores(old, self._at(bound, stream, rows))
-            )
+            softmax = partial(self._softmax, closed=closed, batch=stream.batch)
+            at = replace(self._at(bound, stream, rows), softmax=softmax)
+            new = self._keep_other_rows(bound, stream, rows, old, bound.method.scores(old, at))
             if measured:
                 before, after = (self._softmax(s, closed, stream.batch) for s in (old, new))
                 self.forward.touch(bound, self.layer, Touch.of_weights(before, after))

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 from torch import Tensor
 
 from vlm_steer.engine.selectors import Selector, check_selector, select
-from vlm_steer.errors import ConfigError, without_effect
+from vlm_steer.errors import ConfigError, SteerError, without_effect
 
 if TYPE_CHECKING:
     from vlm_steer.engine.model import ModelInfo
@@ -120,6 +120,10 @@ class Columns:
         return is_prompt & (is_prompt.flip(1).cumsum(1).flip(1) <= n)
 
 
+def _no_softmax(scores: Tensor) -> Tensor:
+    raise SteerError("At.softmax was called outside the scores hook, which alone has a softmax.")
+
+
 @dataclass(frozen=True, slots=True)
 class At:
     """Where a hook is being called.
@@ -138,6 +142,8 @@ class At:
         prepared: What ``Method.prepare`` returned for this generation.
         once: ``once(name, make)`` returns ``make()`` of the first call in this generation, per
             method, layer and stream.
+        softmax: In the ``scores`` hook, ``softmax(scores)`` are the attention weights that scores
+            of the rows at hand become under their mask.
     """
 
     layer: int
@@ -150,6 +156,7 @@ class At:
     plan: Any
     prepared: Any
     once: Callable[[str, Callable[[], Tensor]], Tensor]
+    softmax: Callable[[Tensor], Tensor] = _no_softmax
 
 
 @dataclass(frozen=True, slots=True)

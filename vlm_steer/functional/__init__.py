@@ -24,6 +24,7 @@ from vlm_steer.functional.fast import (
 )
 from vlm_steer.functional.heads import (
     VisionAwareHeads,
+    image_heads,
     spin_gate,
     vision_aware_heads,
 )
@@ -102,6 +103,7 @@ __all__ = [
     "grouped_attention",
     "grouped_values",
     "guidance_logits",
+    "image_heads",
     "laplacian_eigenvalues",
     "least_attended_tokens",
     "lookback_ratio",

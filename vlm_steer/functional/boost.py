@@ -16,7 +16,7 @@ def boost_scores(scores: Tensor, visual: Tensor, *, alpha: float) -> Tensor:
     Args:
         scores: pre-softmax scores of the steered rows, `[batch, heads, query, key]` float.
         visual: bool `[batch, key]`, columns to raise.
-        alpha: strength, >= 0; 0 is identity, bitwise (authors: 0.2 to 0.6).
+        alpha: strength; 0 is identity, bitwise (authors: 0.2 to 0.6). Below 0 the columns lose.
 
     Returns:
         New scores, shape and dtype of `scores`.

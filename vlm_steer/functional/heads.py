@@ -1,5 +1,6 @@
-"""Choosing heads: the vision-aware ones (VHR) and the ones to suppress (SPIN)."""
+"""Choosing heads: vision-aware ones (VHR, VAF) and ones to suppress (SPIN)."""
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -84,3 +85,23 @@ def spin_gate(scores: Tensor, visual: Tensor, *, keep_ratio: float, suppress: fl
     kept = ranking.topk(n_keep, dim=-1).indices
     gate = torch.full_like(ranking, suppress).scatter(-1, kept, 1.0)
     return gate.to(scores.dtype)
+
+
+def image_heads(weights: Tensor, visual: Tensor, *, share: float) -> Tensor:
+    """Marks, for every row, the heads that attend to the image most.
+
+    The first `ceil(share * heads)` by attention mass on the image; of equal heads the lower index
+    wins.
+
+    Args:
+        weights: post-softmax attention, `[batch, heads, query, key]` float.
+        visual: bool `[batch, key]`.
+        share: fraction of heads to mark, in (0, 1]; 1 marks all.
+
+    Returns:
+        bool `[batch, heads, query]`.
+    """
+    mass = masked_sum(upcast(weights), visual[:, None, None, :])
+    n_marked = math.ceil(share * mass.shape[1])
+    order = mass.sort(dim=1, descending=True, stable=True).indices
+    return torch.zeros_like(mass, dtype=torch.bool).scatter(1, order[:, :n_marked], True)
