@@ -30,6 +30,8 @@ ACTIVE = {
     "vaf_heads": {"method": "vaf", "magnitude": True, "head_share": 0.5, "layers": "all"},
     "vaf+vcd": {"methods": [{"method": "vaf", "scope": "all"}, {"method": "vcd"}]},
     "lookback_ratio": {"method": "lookback_ratio"},
+    # Tiny random models are never as unsure as the gate asks, and only a few tokens are generated.
+    "m3id": {"method": "m3id", "lam": 0.3, "confidence": 1.0, "beta": 0.1},
     "pai+vcd": {"methods": [{"method": "pai", "gamma": 1.0}, {"method": "vcd"}]},
     "var+vhr": {
         "methods": [
@@ -49,6 +51,7 @@ NEUTRAL = {
     "var": {"method": "var", "keep": 1.0},
     "vaf": {"method": "vaf", "alpha": 0.0, "beta": 0.0},
     "lookback_ratio": {"method": "lookback_ratio"},
+    "m3id": {"method": "m3id", "lam": 0.0},
 }
 """Parameters at which a method is the unsteered model. ``mma`` has none: it has no strength."""
 

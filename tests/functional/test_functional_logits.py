@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlm_steer.errors import ConfigError
 from vlm_steer.functional import (
+    add_change,
     contrast_logits,
     deco_logits,
     decore_logits,
@@ -315,3 +316,22 @@ def test_vdgd_ranks_the_nucleus_by_the_description(seed: int, top_p: float, redu
     assert ((p * kept).sum(-1) >= top_p - 1e-5).all()
     weakest = p.masked_fill(~kept, 2).amin(-1, keepdim=True)
     assert (p.masked_fill(kept, 0) <= weakest).all()
+
+
+@few
+@given(SEEDS)
+def test_contrasts_add_up_in_any_order(seed: int) -> None:
+    raw, first, second = (random_logits(seed + i, 2, 12) for i in range(3))
+    one = contrast_logits(raw, first, alpha=0.5, beta=0)
+    other = contrast_logits(raw, second, alpha=2.0, beta=0)
+    there = add_change(add_change(raw, raw, one), raw, other)
+    back = add_change(add_change(raw, raw, other), raw, one)
+    torch.testing.assert_close(there, back)
+    torch.testing.assert_close(there, 3.5 * raw - 0.5 * first - 2 * second, atol=1e-4, rtol=1e-4)
+
+
+def test_a_token_excluded_by_the_raw_logits_or_a_contrast_stays_excluded() -> None:
+    raw = torch.tensor([[0.0, 1.0, -torch.inf]])
+    changed = torch.tensor([[-torch.inf, 2.0, 3.0]])
+    added = add_change(raw + 1, raw, changed)
+    assert added.tolist() == [[-torch.inf, 3.0, -torch.inf]]

@@ -8,6 +8,7 @@ from vlm_steer.functional.boost import (
 )
 from vlm_steer.functional.contrast import (
     EntropyContrast,
+    add_change,
     contrast_logits,
     decore_logits,
     guidance_logits,
@@ -86,6 +87,7 @@ __all__ = [
     "TransferScales",
     "VisionAwareHeads",
     "act_calibrate",
+    "add_change",
     "attention_sinks",
     "blind_tokens",
     "boost_scores",

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from vlm_steer.functional._numeric import upcast
 
+_LARGEST_EXPONENT = 40.0  # a larger weight would leave float32
+
 
 def plausibility_mask(logits: Tensor, *, beta: float) -> Tensor:
     """Marks the tokens whose probability is at least `beta` times the largest one (APC).
@@ -107,7 +109,8 @@ def m3id_logits(
     (arXiv 2403.14003). The paper applies it only where the model is unsure
     (`max(lc) < log(alpha)`); the only public code, AvisC's port, has no such gate, and neither
     has this function: gate, or mask with `plausibility_mask`, outside. The weight has no bound
-    (11.2 at step 125 for lam 0.02) unless `max_weight` sets one.
+    (11.2 at step 125 for lam 0.02) unless `max_weight` sets one; past 1e17 it stops growing, where
+    the contrast alone decides anyway.
 
     Args:
         conditional: logits with the image, `[batch, vocabulary]`.
@@ -119,7 +122,7 @@ def m3id_logits(
     Returns:
         Log-probabilities shifted by the contrast, shape and dtype of `conditional`.
     """
-    weight = math.expm1(lam * step)
+    weight = math.expm1(min(lam * step, _LARGEST_EXPONENT))
     if max_weight is not None:
         weight = min(weight, max_weight)
     first = upcast(conditional).log_softmax(-1)
@@ -157,6 +160,27 @@ def decore_logits(base: Tensor, masked: Tensor) -> EntropyContrast:
     combined = (1 + weight) * first - weight * second
     logits = _restrict(combined, first, beta=0)
     return EntropyContrast(alpha=alpha, logits=logits.to(base.dtype))
+
+
+def add_change(logits: Tensor, raw: Tensor, changed: Tensor) -> Tensor:
+    """Lets several contrasts act on one prediction: adds what one made of the raw logits.
+
+    `logits + (changed - raw)`. Contrasts that act one after the other so become
+    `(1 + sum_i alpha_i) * l - sum_i alpha_i * n_i`, in any order. A token that the raw logits or
+    the contrast exclude stays excluded.
+
+    Args:
+        logits: what the methods so far made of the raw logits, `[batch, vocabulary]`.
+        raw: the logits of the user's stream.
+        changed: what this method made of them.
+
+    Returns:
+        Logits, shape and dtype of `logits`.
+    """
+    new, old = upcast(changed), upcast(raw)
+    is_out = (new == -math.inf) | (old == -math.inf)
+    added = upcast(logits) + torch.where(is_out, 0.0, new - old)
+    return added.masked_fill(is_out, -math.inf).to(logits.dtype)
 
 
 def _with_opinion(other: Tensor, reference: Tensor) -> Tensor:

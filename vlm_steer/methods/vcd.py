@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vlm_steer import functional as F
-from vlm_steer.engine.hooks import Branch, LogitsAt, Method
+from vlm_steer.engine.hooks import Branch
+from vlm_steer.methods._contrast import Contrast
 from vlm_steer.registry import register_method
 
 __all__ = ["VCD"]
@@ -17,7 +18,7 @@ __all__ = ["VCD"]
 
 @register_method("vcd")
 @dataclass(frozen=True, kw_only=True)
-class VCD(Method):
+class VCD(Contrast):
     """Visual contrastive decoding: subtract what the model says of a noised image.
 
     With l the logits for the image and n those for the image after ``noise_step`` steps of
@@ -50,21 +51,16 @@ class VCD(Method):
 
     paper: ClassVar[str] = "arXiv:2311.16922"
 
-    alpha: float = 1.0
-    beta: float = 0.1
+    branch: ClassVar[str] = "noised"
+
     noise_step: int = 500
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(self.alpha >= 0, f"alpha is {self.alpha}; it must be at least 0")
-        self.require(0 <= self.beta <= 1, f"beta is {self.beta}; it must lie in [0, 1]")
         self.require(
             0 <= self.noise_step < 1000, f"noise_step is {self.noise_step}; it must lie in [0, 999]"
         )
-
-    def is_neutral(self) -> bool:
-        return self.alpha == 0 and self.beta == 0
 
     def ignored_options(self) -> dict[str, str]:
         ignored = super().ignored_options()
@@ -76,15 +72,6 @@ class VCD(Method):
         if self.alpha == 0:
             return ()
         return (Branch("noised", pixels=partial(_noised, step=self.noise_step, seed=self.seed)),)
-
-    def logits(self, logits: Tensor, at: LogitsAt) -> Tensor:
-        if self.alpha == 0:
-            return logits
-        moved = self.alpha * (at.raw - at.branches["noised"])
-        return logits + torch.where(at.raw.isfinite(), moved, 0.0)
-
-    def plausible(self, at: LogitsAt) -> Tensor | None:
-        return F.plausibility_mask(at.raw, beta=self.beta) if self.beta > 0 else None
 
 
 def _noised(pixels: Tensor, sizes: tuple[int, ...] | None, *, step: int, seed: int) -> Tensor:
