@@ -4,14 +4,12 @@ Tokens are tagged and lemmatised with NLTK, a fixed list of word pairs is merged
 stands in the synonyms file is a mention. The rule needs nltk and its data.
 """
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_steer.errors import ConfigError
-
 from .chair import Mention, Reading
+from .nltk_tools import load_nltk
 from .vocabulary import ObjectVocabulary, read_synonyms
 
 __all__ = ["OperaNormaliser", "load_opera_normaliser"]
@@ -100,36 +98,16 @@ def load_opera_normaliser(synonyms: Path) -> OperaNormaliser:
     """
     rows = read_synonyms(synonyms)
     table = {surface: row[0] for row in rows for surface in row}
-    try:
-        nltk = importlib.import_module("nltk")
-        wordnet = importlib.import_module("nltk.corpus").wordnet
-        lemmatizer = importlib.import_module("nltk.stem").WordNetLemmatizer()
-    except ImportError as error:
-        raise ConfigError(
-            "--normaliser opera needs nltk, which is not installed; run "
-            "`pip install vlm-steer[nltk]`, or use --normaliser table"
-        ) from error
-    cache: dict[tuple[str, str], str] = {}
-
-    def lemma(word: str, tag: str) -> str:
-        part = {"J": wordnet.ADJ, "V": wordnet.VERB, "R": wordnet.ADV}.get(tag[:1], wordnet.NOUN)
-        if (word, part) not in cache:
-            cache[word, part] = str(lemmatizer.lemmatize(word, pos=part))
-        return cache[word, part]
+    nltk = load_nltk("--normaliser opera", "use --normaliser table")
+    wordnet = nltk.wordnet
+    parts = {"J": wordnet.ADJ, "V": wordnet.VERB, "R": wordnet.ADV}
 
     def lemmatise(tokens: Sequence[str]) -> list[str]:
-        return [lemma(word, tag) for word, tag in nltk.pos_tag(list(tokens))]
+        return [
+            nltk.lemma(word, parts.get(tag[:1], wordnet.NOUN)) for word, tag in nltk.tag(tokens)
+        ]
 
-    try:
-        lemmatise(nltk.word_tokenize("two dogs"))
-    except LookupError as error:
-        raise ConfigError(
-            "--normaliser opera needs the nltk data punkt_tab, averaged_perceptron_tagger_eng and "
-            "wordnet, and at least one is absent; set NLTK_DATA to the folder that holds them, run "
-            "`python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng wordnet`, or use "
-            "--normaliser table"
-        ) from error
-    return OperaNormaliser(table, nltk.word_tokenize, lemmatise)
+    return OperaNormaliser(table, nltk.tokenise, lemmatise)
 
 
 def _merge(lemmas: Sequence[str]) -> tuple[list[str], list[int]]:

@@ -1,7 +1,7 @@
 """Commands that score answers and captions from files."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, TypeAlias
 
 import typer
 
@@ -19,7 +19,28 @@ from .command_options import (
     UnknownImages,
 )
 
-__all__ = ["score_chair", "score_pope"]
+__all__ = [
+    "score_amber",
+    "score_beaf",
+    "score_chair",
+    "score_hallusionbench",
+    "score_mme",
+    "score_opope",
+    "score_pope",
+]
+
+AmberParserName: TypeAlias = Literal["robust", "official"]
+BeafParserName: TypeAlias = Literal["robust", "official"]
+HallusionParserName: TypeAlias = Literal[
+    "robust", "official", "opera", "repope", "vlmevalkit", "lmms_intern"
+]
+MmeParserName: TypeAlias = Literal["robust", "official", "lmms_eval", "vlmevalkit"]
+OpopeReaderName: TypeAlias = Literal["table", "halc"]
+Part: TypeAlias = Literal[
+    "all", "generative", "discriminative", "existence", "attribute", "relation"
+]
+
+Unanswered = Annotated[Missing, typer.Option("--missing", help="Questions without an answer.")]
 
 
 def score_pope(
@@ -114,6 +135,179 @@ def score_chair(
         _note(f"{result['empty_captions']} captions are empty and count as free of hallucination")
     if result["images_with_several_captions"]:
         _note(f"{result['images_with_several_captions']} images have more than one caption")
+
+
+def score_amber(
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data", help="Folder of annotations.json, relation.json, safe_words.txt, query/."
+        ),
+    ],
+    answers: Annotated[Path, typer.Option("--answers", help="Rows with id and response.")],
+    output: OutputFolder,
+    part: Annotated[Part, typer.Option("--part", help="What to score.")] = "all",
+    parser: Annotated[
+        AmberParserName,
+        typer.Option("--parser", help="How yes/no answers are read; official: exactly Yes or No."),
+    ] = "robust",
+    similarity: Annotated[
+        str,
+        typer.Option(
+            "--similarity", help="Of words: exact, or spacy:en_core_web_lg as in the paper."
+        ),
+    ] = "exact",
+    missing: Unanswered = "error",
+    resamples: Resamples = 10_000,
+    seed: Seed = 0,
+) -> None:
+    """Score captions and yes/no answers against AMBER's annotations."""
+    from .scoring_amber import score_amber as score
+
+    result = score(
+        data,
+        answers,
+        part=part,
+        parser=parser,
+        similarity=similarity,
+        output=output,
+        missing=missing,
+        n_resamples=resamples,
+        seed=seed,
+    )
+    _show(result, f"AMBER {part}, parser {parser}, similarity {similarity}")
+    _note_unanswered(result)
+    if similarity == "exact" and result["metrics"]["CHAIR"]["value"] is not None:
+        _note("published captions' scores use --similarity spacy:en_core_web_lg")
+    if not result["images_known"]:
+        _note(
+            "without the query files, every question counts as an image of its own and intervals "
+            "are too narrow"
+        )
+
+
+def score_mme(
+    answers: Annotated[
+        Path,
+        typer.Option(
+            "--answers", help="Folder of TASK.txt, or rows with task, image, label, answer."
+        ),
+    ],
+    output: OutputFolder,
+    parser: Annotated[
+        MmeParserName, typer.Option("--parser", help="How answers are read.")
+    ] = "robust",
+    resamples: Resamples = 10_000,
+    seed: Seed = 0,
+) -> None:
+    """Score answers to MME; perception, cognition and hallucination are points."""
+    from .mme import score_mme as score
+
+    result = score(answers, parser=parser, output=output, n_resamples=resamples, seed=seed)
+    _show(result, f"MME, parser {parser}, n = {result['n']}")
+    if result["absent_tasks"]:
+        _note(f"without answers: {', '.join(result['absent_tasks'])}; their totals are undefined")
+
+
+def score_hallusionbench(
+    questions: Annotated[Path, typer.Option("--questions", help="HallusionBench.json.")],
+    answers: Annotated[
+        Path,
+        typer.Option("--answers", help="Rows with the question's ids and model_prediction."),
+    ],
+    output: OutputFolder,
+    parser: Annotated[
+        HallusionParserName, typer.Option("--parser", help="How answers are read.")
+    ] = "robust",
+    images_only: Annotated[
+        bool, typer.Option("--images-only", help="Leave out questions without a picture.")
+    ] = False,
+    missing: Unanswered = "error",
+    resamples: Resamples = 10_000,
+    seed: Seed = 0,
+) -> None:
+    """Score HallusionBench by the yes or no in the answers, without a judge."""
+    from .hallusionbench import score_hallusionbench as score
+
+    result = score(
+        questions,
+        answers,
+        parser=parser,
+        images_only=images_only,
+        output=output,
+        missing=missing,
+        n_resamples=resamples,
+        seed=seed,
+    )
+    _show(result, f"HallusionBench (yes/no), parser {parser}, n = {result['n']}")
+    _note_unanswered(result)
+    _note("published scores come from a GPT-4 judge and are not comparable with these")
+
+
+def score_opope(
+    captions: Annotated[Path, typer.Option("--captions", help="Rows with image_id and caption.")],
+    questions: Annotated[Path, typer.Option("--questions", help="POPE file with labels.")],
+    output: OutputFolder,
+    reader: Annotated[
+        OpopeReaderName,
+        typer.Option("--reader", help="table: as CHAIR reads; halc: any word, anywhere."),
+    ] = "table",
+    missing: Annotated[
+        Missing, typer.Option("--missing", help="Questions about images without a caption.")
+    ] = "error",
+    resamples: Resamples = 10_000,
+    seed: Seed = 0,
+) -> None:
+    """Answer POPE's questions from one caption per image."""
+    from .opope import score_opope as score
+
+    result = score(
+        captions,
+        questions,
+        reader=reader,
+        output=output,
+        missing=missing,
+        n_resamples=resamples,
+        seed=seed,
+    )
+    _show(result, f"OPOPE, reader {reader}, n = {result['n']}")
+    if result["images_without_caption"]:
+        _note(f"{len(result['images_without_caption'])} images without a caption were left out")
+
+
+def score_beaf(
+    questions: Annotated[
+        Path,
+        typer.Option("--questions", help="Rows with id, image, question, gt, orig_img, removed_q."),
+    ],
+    answers: Annotated[Path, typer.Option("--answers", help="Rows with id and answer.")],
+    output: OutputFolder,
+    parser: Annotated[
+        BeafParserName, typer.Option("--parser", help="How answers are read.")
+    ] = "robust",
+    resamples: Resamples = 10_000,
+    seed: Seed = 0,
+) -> None:
+    """Score how answers change when an object is taken out of the picture."""
+    from .beaf import score_beaf as score
+
+    result = score(
+        questions, answers, parser=parser, output=output, n_resamples=resamples, seed=seed
+    )
+    _show(result, f"BEAF, parser {parser}, n = {result['n']}")
+
+
+def _show(result: dict[str, Any], title: str) -> None:
+    from .tables import metric_table, render
+
+    typer.echo(render(metric_table(result["metrics"], title)), nl=False)
+
+
+def _note_unanswered(result: dict[str, Any]) -> None:
+    if result["unanswered"]:
+        _note(f"{len(result['unanswered'])} questions without an answer were left out")
+    if result["unused_answers"]:
+        _note(f"{result['unused_answers']} answers belong to no question that was scored")
 
 
 def _note(text: str) -> None:

@@ -1,4 +1,4 @@
-"""The commands of the harness: `eval pope|chair`, `score pope|chair` and `demo`.
+"""The commands of the harness: `eval BENCHMARK`, `score BENCHMARK` and `demo`.
 
 Nothing heavy is imported until a command runs, so that help is instant.
 """
@@ -16,7 +16,15 @@ from .command_options import (
     Methods,
     OutputFolder,
 )
-from .command_score import score_chair, score_pope
+from .command_score import (
+    score_amber,
+    score_beaf,
+    score_chair,
+    score_hallusionbench,
+    score_mme,
+    score_opope,
+    score_pope,
+)
 
 __all__ = ["register"]
 
@@ -45,6 +53,29 @@ def register(app: typer.Typer) -> None:
         epilog="Example: vlm-steer score chair --captions captions.jsonl "
         "--objects coco_objects.json.gz --output out",
     )(score_chair)
+    score.command(
+        "amber",
+        epilog="Example: vlm-steer score amber --data AMBER/data --answers responses.json "
+        "--part discriminative --output out",
+    )(score_amber)
+    score.command(
+        "mme", epilog="Example: vlm-steer score mme --answers eval_tool/Your_Results --output out"
+    )(score_mme)
+    score.command(
+        "hallusionbench",
+        epilog="Example: vlm-steer score hallusionbench --questions HallusionBench.json "
+        "--answers answers.jsonl --output out",
+    )(score_hallusionbench)
+    score.command(
+        "opope",
+        epilog="Example: vlm-steer score opope --captions captions.jsonl "
+        "--questions coco_pope_random.json --output out",
+    )(score_opope)
+    score.command(
+        "beaf",
+        epilog="Example: vlm-steer score beaf --questions beaf_qna.json --answers answers.jsonl "
+        "--output out",
+    )(score_beaf)
     app.add_typer(evaluate, name="eval")
     app.add_typer(score, name="score")
     app.command("demo", epilog="Example: vlm-steer demo --output demo")(demo)

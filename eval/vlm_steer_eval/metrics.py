@@ -14,9 +14,10 @@ from .resampling import (
     swap_sums,
 )
 
-__all__ = ["MetricSet", "compare", "harmonic_mean", "ratio", "summarise"]
+__all__ = ["Floats", "MetricSet", "compare", "harmonic_mean", "ratio", "summarise"]
 
 Floats = NDArray[np.float64]
+"""An array of counts or of values of a metric."""
 
 
 @dataclass(frozen=True)

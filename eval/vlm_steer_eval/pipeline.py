@@ -8,10 +8,11 @@ from vlm_steer.config import Spec
 from vlm_steer.report import Block, Report, render_html
 
 from .arms import parse_arms
+from .counts import COUNTS_NAME, write_units
 from .files import write_json, write_rows, write_text
 from .generation import Settings
 from .reporting import evaluation_blocks
-from .results import evaluate, sample_rows, score_all
+from .results import evaluate, sample_rows, score_all, units
 from .runner import RunResult, run_arms
 from .tables import comparison_tables, footnotes, render
 from .tasks import Task
@@ -55,7 +56,8 @@ def run_benchmark(
 
     The folder holds `generations.jsonl` (the log that a later run continues), `timings.jsonl`,
     `run.json` (what the answers depend on), `samples.jsonl` (every answer, read and scored),
-    `scores.json`, `table.txt` and `report.html`.
+    `counts.jsonl` (what the metrics are computed from), `scores.json`, `table.txt` and
+    `report.html`.
 
     Args:
         task: the benchmark.
@@ -87,6 +89,7 @@ def run_benchmark(
     scores = score_all(task, run)
     summary = evaluate(task, run, scores, n_resamples=n_resamples, seed=seed)
     write_rows(output / "samples.jsonl", sample_rows(task, run, scores))
+    write_units(output / COUNTS_NAME, units(task, scores))
     write_json(output / "scores.json", summary)
     table = render(*comparison_tables(summary), *footnotes(summary), width=_TABLE_WIDTH)
     write_text(output / "table.txt", table)

@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 
 from .arms import BASELINE
+from .counts import Unit
 from .metrics import compare, summarise
 from .runner import RunResult
 from .scoring import parser_sensitivity
 from .stats import holm, mcnemar
 from .tasks import Item, Scored, Task
 
-__all__ = ["ALL", "Scores", "auroc", "evaluate", "sample_rows", "score_all"]
+__all__ = ["ALL", "Scores", "auroc", "evaluate", "sample_rows", "score_all", "units"]
 
 ALL = "all"
 """All splits pooled."""
@@ -101,6 +102,18 @@ def sample_rows(task: Task, run: RunResult, scores: Scores) -> list[dict[str, An
         for item in task.items
         if (record := records.get(item.id)) is not None
     ]
+
+
+def units(task: Task, scores: Scores) -> dict[str, list[Unit]]:
+    """Arm -> the counts of its answers."""
+    return {
+        arm: [
+            Unit(item.id, item.cluster, item.split, by_item[item.id].counts)
+            for item in task.items
+            if item.id in by_item
+        ]
+        for arm, by_item in scores.items()
+    }
 
 
 def auroc(margins: Sequence[float | None], positives: Sequence[bool]) -> float | None:

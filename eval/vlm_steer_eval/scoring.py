@@ -10,8 +10,9 @@ from vlm_steer.errors import ConfigError, DataError
 
 from .chair import CHAIR_METRICS, CaptionScore, Mention, Normaliser, TableNormaliser, score_caption
 from .chair_opera import load_opera_normaliser
+from .counts import COUNTS_NAME, Unit, write_units
 from .files import image_key, read_rows, write_json, write_rows, write_text
-from .metrics import summarise
+from .metrics import MetricSet, ratio, summarise
 from .objects import load_object_sets, objects_from_annotations
 from .pope import PARSERS, POPE_METRICS, Verdict, parse_answer, pope_counts
 from .questions import PopeQuestion, list_some, load_answers, load_questions
@@ -19,15 +20,29 @@ from .tables import metric_table, render
 from .vocabulary import ObjectVocabulary
 
 __all__ = [
+    "SCORED",
     "caption_row",
+    "load_captions",
     "make_normaliser",
     "parser_sensitivity",
     "score_chair",
     "score_pope",
+    "summarise_parts",
+    "write_scores",
 ]
+
+SCORED = "scored"
+"""Name of the only arm of scored answers."""
 
 Missing = Literal["error", "exclude"]
 Unknown = Literal["error", "empty", "exclude"]
+
+
+_PAIRS = MetricSet(
+    columns=("pairs", "right"),
+    formulas={"pair_accuracy": lambda c: ratio(c["right"], c["pairs"])},
+    higher_is_better={"pair_accuracy": True},
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +70,8 @@ def score_pope(
             that the question file lacks are ignored and counted, so that one file of answers serves
             several label sets.
         parser: reading rule, a name in `PARSERS`.
-        output: folder for `scores.json`, `samples.jsonl` and `table.txt`; None writes nothing.
+        output: folder for `scores.json`, `samples.jsonl`, `counts.jsonl` and `table.txt`; None
+            writes nothing.
         missing: what to do about questions without an answer: stop, or leave them out and count
             them.
         n_resamples: bootstrap resamples, > 0.
@@ -70,7 +86,7 @@ def score_pope(
     """
     if parser not in PARSERS:
         raise ConfigError(f"parser {parser!r} is unknown; choose one of {', '.join(PARSERS)}")
-    asked, given = load_questions(questions), load_answers(answers)
+    asked, given = load_questions(questions, dialogues=True), load_answers(answers)
     unanswered = [question.id for question in asked if question.id not in given]
     if unanswered and (missing == "error" or len(unanswered) == len(asked)):
         raise DataError(
@@ -95,11 +111,31 @@ def score_pope(
         "unused_answers": len(given.keys() - {question.id for question in asked}),
     }
     if any(question.category for question in kept):
-        result["categories"] = _by_category(kept, counts, n_resamples, seed)
+        result["categories"] = summarise_parts(
+            POPE_METRICS, counts, clusters, [q.category for q in kept], n_resamples, seed
+        )
+    if {question.category for question in kept} == {"original", "removed"}:
+        result["pairs"] = _pairs(kept, verdicts, n_resamples, seed)
     if output is not None:
         rows = [_pope_row(q, given[q.id], v) for q, v in zip(kept, verdicts, strict=True)]
-        _write(output, result, rows, f"POPE, parser {parser}, n = {len(kept)}")
+        units = [
+            Unit(q.id, q.cluster, q.category, row) for q, row in zip(kept, counts, strict=True)
+        ]
+        write_scores(output, result, rows, units, f"POPE, parser {parser}, n = {len(kept)}")
     return result
+
+
+def _pairs(
+    questions: Sequence[PopeQuestion], verdicts: Sequence[Verdict], n_resamples: int, seed: int
+) -> dict[str, Any]:
+    """How often both the picture and the one without its object were answered correctly."""
+    right: dict[str, list[bool]] = {}
+    for question, verdict in zip(questions, verdicts, strict=True):
+        right.setdefault(question.cluster, []).append(verdict.cell in ("TP", "TN"))
+    whole = {image: both for image, both in right.items() if len(both) == 2}
+    counts = [[1, int(all(both))] for both in whole.values()]
+    metrics = summarise(_PAIRS, counts, list(whole), n_resamples=n_resamples, seed=seed)
+    return {"n": len(whole), "metrics": metrics}
 
 
 def parser_sensitivity(texts: Sequence[str], labels: Sequence[Any]) -> dict[str, dict[str, Any]]:
@@ -136,7 +172,8 @@ def score_chair(
         synonyms: the vocabulary of surfaces. `opera` needs one; `table` then uses its surfaces with
             plurals instead of the shipped table.
         normaliser: `table` or `opera`.
-        output: folder for `scores.json`, `samples.jsonl` and `table.txt`; None writes nothing.
+        output: folder for `scores.json`, `samples.jsonl`, `counts.jsonl` and `table.txt`; None
+            writes nothing.
         unknown_images: captions of images without ground truth stop the scoring (`error`), count as
             images without objects (`empty`, as published code does) or are left out (`exclude`).
             The default is `empty` under `opera` and `error` under `table`.
@@ -153,7 +190,7 @@ def score_chair(
     if (objects is None) == (annotations is None):
         raise ConfigError("give either --objects FILE or --annotations DIR, and not both")
     reader = make_normaliser(normaliser, synonyms)
-    rows = _load_captions(captions)
+    rows = load_captions(captions)
     images = {image for image, _ in rows}
     if objects is not None:
         truth = load_object_sets(objects)
@@ -196,8 +233,21 @@ def score_chair(
             {"image_id": caption.image, "caption": caption.text, **caption_row(caption.score)}
             for caption in scored
         ]
-        _write(output, result, samples, f"CHAIR, normaliser {normaliser}, n = {len(scored)}")
+        title = f"CHAIR, normaliser {normaliser}, n = {len(scored)}"
+        write_scores(output, result, samples, _caption_units(scored), title)
     return result
+
+
+def _caption_units(scored: Sequence[_Caption]) -> list[Unit]:
+    """One unit per caption; further captions of an image are numbered."""
+    seen: Counter[str] = Counter()
+    units = []
+    for caption in scored:
+        seen[caption.image] += 1
+        again = seen[caption.image]
+        name = caption.image if again == 1 else f"{caption.image} ({again})"
+        units.append(Unit(name, caption.image, "", caption.score.counts()))
+    return units
 
 
 def make_normaliser(name: str, synonyms: Path | None) -> Normaliser:
@@ -252,18 +302,36 @@ def _pope_row(question: PopeQuestion, text: str, verdict: Verdict) -> dict[str, 
     }
 
 
-def _by_category(
-    questions: Sequence[PopeQuestion], counts: Sequence[Sequence[int]], n_resamples: int, seed: int
-) -> dict[str, Any]:
-    table: dict[str, Any] = {}
-    for category in dict.fromkeys(question.category for question in questions):
-        chosen = [i for i, question in enumerate(questions) if question.category == category]
-        table[category] = {
+def summarise_parts(
+    metrics: MetricSet,
+    counts: Sequence[Sequence[float]],
+    clusters: Sequence[str],
+    parts: Sequence[str],
+    n_resamples: int,
+    seed: int,
+) -> dict[str, dict[str, Any]]:
+    """The metrics of every part of a benchmark by itself, in order of appearance.
+
+    Args:
+        metrics: what to compute.
+        counts: one row of counts per item.
+        clusters: the image of each item.
+        parts: the part of each item.
+        n_resamples: bootstrap resamples, > 0.
+        seed: seed of the resampling.
+
+    Returns:
+        part -> `{"n": items, "metrics": ...}`.
+    """
+    table: dict[str, dict[str, Any]] = {}
+    for part in dict.fromkeys(parts):
+        chosen = [index for index, name in enumerate(parts) if name == part]
+        table[part] = {
             "n": len(chosen),
             "metrics": summarise(
-                POPE_METRICS,
+                metrics,
                 [counts[i] for i in chosen],
-                [questions[i].cluster for i in chosen],
+                [clusters[i] for i in chosen],
                 n_resamples=n_resamples,
                 seed=seed,
             ),
@@ -271,7 +339,12 @@ def _by_category(
     return table
 
 
-def _load_captions(path: Path) -> list[tuple[str, str]]:
+def load_captions(path: Path) -> list[tuple[str, str]]:
+    """Image keys and captions, in the order of the file.
+
+    Raises:
+        DataError: the file is malformed.
+    """
     captions: list[tuple[str, str]] = []
     for number, row in enumerate(read_rows(path), 1):
         image = next((row[key] for key in ("image_id", "image") if row.get(key) is not None), None)
@@ -285,9 +358,19 @@ def _load_captions(path: Path) -> list[tuple[str, str]]:
     return captions
 
 
-def _write(
-    output: Path, result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], title: str
+def write_scores(
+    output: Path,
+    result: Mapping[str, Any],
+    samples: Sequence[Mapping[str, Any]],
+    units: Sequence[Unit],
+    title: str,
 ) -> None:
+    """Write `scores.json`, `samples.jsonl`, `counts.jsonl` and `table.txt` of scored answers.
+
+    Raises:
+        DataError: the disk is full or the folder cannot be written.
+    """
     write_json(output / "scores.json", result)
     write_rows(output / "samples.jsonl", samples)
+    write_units(output / COUNTS_NAME, {SCORED: units})
     write_text(output / "table.txt", render(metric_table(result["metrics"], title)))

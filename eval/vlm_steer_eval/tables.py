@@ -28,10 +28,16 @@ SHOWN: Mapping[str, Mapping[str, bool]] = {
         "unparsed": False,
     },
     "chair": {"CHAIRs": True, "CHAIRi": True, "Recall": True, "F1": False, "Len": True},
+    "amber": {"CHAIR": True, "Cover": True, "Hal": True, "Cog": False, "f1": True},
+    "mme": {"perception": True, "cognition": True, "hallucination": True, "yes_ratio": True},
+    "hallusionbench": {"aAcc": True, "fAcc": True, "qAcc": True, "yes_difference": True},
+    "opope": {"accuracy": True, "precision": True, "recall": True, "f_0.2": True},
+    "beaf": {"accuracy": True, "TU": True, "IG": False, "ID": True, "F1_TUID": True},
 }
 """Columns of a benchmark's table, and whether each comes with its difference."""
 
-_AS_IS = frozenset({"Len", "n", "TP", "FP", "TN", "FN", "unparsed", "truncated", "auroc"})
+_COUNTS = frozenset({"n", "TP", "FP", "TN", "FN", "unparsed", "unclear", "truncated"})
+_AS_IS = frozenset({"Len", "perception", "cognition", "hallucination", "points"})
 
 
 def metric_table(metrics: Mapping[str, Mapping[str, Any]], title: str) -> Table:
@@ -154,9 +160,9 @@ def _number(name: str, value: float | None) -> str:
         return "–"
     if name == "auroc":
         return f"{value:.3f}"
-    if name in _AS_IS:
-        return f"{value:.1f}" if name == "Len" else f"{value:.0f}"
-    return f"{100 * value:.1f}"
+    if name in _COUNTS:
+        return f"{value:.0f}"
+    return f"{value if name in _AS_IS else 100 * value:.1f}"
 
 
 def _signed(name: str, value: float) -> str:

@@ -34,7 +34,7 @@ def answer_file(tmp_path):
 
 
 def test_help_is_instant_and_shows_an_example():
-    for arguments in ("eval pope", "score chair", "demo"):
+    for arguments in ("eval pope", "score chair", "score amber", "score mme", "demo"):
         script = (
             "import sys\nfrom vlm_steer.cli import main\n"
             f"try:\n    main({[*arguments.split(), '--help']!r})\n"
@@ -207,7 +207,8 @@ def test_eval_pope_on_local_files_writes_everything_and_continues(
     code, out, _ = command(*arguments)
     assert code == 0
     assert {path.name for path in output.iterdir()} == {
-        "generations.jsonl", "timings.jsonl", "run.json", "samples.jsonl", "scores.json",
+        "generations.jsonl", "timings.jsonl", "run.json", "samples.jsonl", "counts.jsonl",
+        "scores.json",
         "table.txt", "report.html",
     }  # fmt: skip
     scores = json.loads((output / "scores.json").read_text())
@@ -289,3 +290,88 @@ def test_demo_compares_steered_settings_and_reports_them(command, tmp_path):
     html = (output / "report.html").read_text()
     assert html.count("<svg") == 4
     assert "<img" in html
+
+
+def test_score_mme_writes_points_and_says_what_is_absent(command, tmp_path):
+    answers = tmp_path / "answers.jsonl"
+    rows = [
+        {"task": "count", "image": "1.jpg", "question": "?", "label": label, "answer": "yes"}
+        for label in ("Yes", "No")
+    ]
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "out"
+    code, out, err = command("score", "mme", "--answers", answers, "--output", output)
+    assert code == 0
+    assert "accuracy" in out
+    assert "without answers: existence" in err
+    scores = json.loads((output / "scores.json").read_text())
+    assert scores["categories"]["count"]["metrics"]["points"]["value"] == 50
+    assert scores["metrics"]["perception"] == {"value": None, "ci95": None}
+    units = [json.loads(line) for line in (output / "counts.jsonl").read_text().splitlines()]
+    assert [unit["part"] for unit in units] == ["count"]
+    code, _, err = command("score", "mme", "--answers", tmp_path / "no", "--output", output)
+    assert code == 1
+    assert err.startswith("Error: ")
+
+
+def test_score_opope_and_beaf_write_scores(command, question_file, tmp_path):
+    captions = tmp_path / "captions.jsonl"
+    rows = [{"image": f"scene_{i}.png", "caption": "A car."} for i in range(4)]
+    captions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "opope"
+    code, out, _ = command(
+        "score", "opope", "--captions", captions, "--questions", question_file,
+        "--output", output,
+    )  # fmt: skip
+    assert code == 0
+    assert "f_0.2" in out
+    assert json.loads((output / "scores.json").read_text())["metrics"]["f1"]["value"] == 1
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(
+        '{"id": 0, "image": "a.jpg", "question": "q", "gt": "yes", "orig_img": true, '
+        '"removed_q": false}\n'
+        '{"id": 1, "image": "a_00.jpg", "question": "q", "gt": "no", "orig_img": false, '
+        '"removed_q": true}\n'
+    )
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text('{"id": 0, "answer": "Yes"}\n{"id": 1, "answer": "No"}\n')
+    output = tmp_path / "beaf"
+    code, _, _ = command(
+        "score", "beaf", "--questions", pairs, "--answers", answers, "--output", output
+    )
+    assert code == 0
+    assert json.loads((output / "scores.json").read_text())["metrics"]["TU"]["value"] == 1
+
+
+def test_score_hallusionbench_and_amber_from_files(command, tmp_path):
+    question = {
+        "category": "VD", "subcategory": "map", "set_id": "0", "figure_id": "1",
+        "question_id": "0",
+    }  # fmt: skip
+    questions, answers = tmp_path / "q.json", tmp_path / "a.jsonl"
+    questions.write_text(json.dumps([question | {"visual_input": "2", "gt_answer": "1"}]))
+    answers.write_text(json.dumps(question | {"model_prediction": "Yes."}) + "\n")
+    output = tmp_path / "hallusion"
+    code, _, err = command(
+        "score", "hallusionbench", "--questions", questions, "--answers", answers,
+        "--output", output,
+    )  # fmt: skip
+    assert code == 0
+    assert "not comparable" in err
+    assert json.loads((output / "scores.json").read_text())["metrics"]["fAcc"]["value"] == 1
+
+    folder = tmp_path / "amber"
+    folder.mkdir()
+    (folder / "annotations.json").write_text(
+        '[{"id": 1, "type": "discriminative-hallucination", "truth": "no"}]'
+    )
+    (folder / "relation.json").write_text("{}")
+    (folder / "safe_words.txt").write_text("")
+    answers.write_text('{"id": 1, "response": "No"}\n')
+    output = tmp_path / "out"
+    code, _, err = command(
+        "score", "amber", "--data", folder, "--answers", answers, "--output", output
+    )
+    assert code == 0
+    assert "intervals are too narrow" in " ".join(err.split())
+    assert json.loads((output / "scores.json").read_text())["official"]["existence"]["F1"] == 99.9
