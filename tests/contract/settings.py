@@ -29,6 +29,7 @@ ACTIVE = {
     },
     "vaf_heads": {"method": "vaf", "magnitude": True, "head_share": 0.5, "layers": "all"},
     "vaf+vcd": {"methods": [{"method": "vaf", "scope": "all"}, {"method": "vcd"}]},
+    "spin_logits": {"method": "spin", "keep_ratio": 0.5, "score": "logit_sum"},
     "lookback_ratio": {"method": "lookback_ratio"},
     # Tiny random models are never as unsure as the gate asks, and only a few tokens are generated.
     "m3id": {"method": "m3id", "lam": 0.3, "confidence": 1.0, "beta": 0.1},
@@ -37,6 +38,12 @@ ACTIVE = {
         "methods": [
             {"method": "var", "sink_dims": [1, 2], "tau": 1.5, "min_image_mass": 0.0},
             {"method": "vhr"},
+        ]
+    },
+    "var+spin": {
+        "methods": [
+            {"method": "var", "sink_dims": [1, 2], "tau": 1.5, "min_image_mass": 0.0},
+            {"method": "spin", "keep_ratio": 0.7, "scope": "all"},
         ]
     },
 }
@@ -50,6 +57,7 @@ NEUTRAL = {
     "vhr": {"method": "vhr", "alpha": 1.0},
     "var": {"method": "var", "keep": 1.0},
     "vaf": {"method": "vaf", "alpha": 0.0, "beta": 0.0},
+    "spin": {"method": "spin", "keep_ratio": 1.0},
     "lookback_ratio": {"method": "lookback_ratio"},
     "m3id": {"method": "m3id", "lam": 0.0},
 }
@@ -60,6 +68,8 @@ REFUSALS = {
     ("mllama", "var"): "cross-attention",
     ("mllama", "var+vhr"): "cross-attention",
     ("mllama", "vaf_heads"): "cross-attention",
+    ("mllama", "spin"): "cross-attention",
+    ("mllama", "var+spin"): "cross-attention",
 }
 """(family, setting) refused at attach, with a word of the reason. Reviewed: add with care."""
 

@@ -34,7 +34,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.filterwarnings("ignore::vlm_steer.errors.SteerWarning")
-@pytest.mark.parametrize("setting", ["pai", "var", "vhr", "mma", "vaf", "lookback_ratio"])
+@pytest.mark.parametrize("setting", ["pai", "var", "vhr", "mma", "vaf", "spin", "lookback_ratio"])
 def test_no_tensor_of_a_long_prefill_has_heads_times_sequence_squared_entries(
     setting: str,
 ) -> None:
@@ -150,3 +150,91 @@ def test_the_scores_hook_can_foresee_the_weights_of_its_rows(name: str) -> None:
     before, after = method.seen["before"], method.seen["after"]
     assert len(before) == len(after) > 4
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looking(Method):
+    """Replaces every head output by the head's largest weight, as its look hook saw it."""
+
+    name: ClassVar[str] = "looking"
+    rows: ClassVar[Rows] = "after_image"
+
+    def look(self, scores: torch.Tensor, weights: torch.Tensor, at: At) -> torch.Tensor:
+        assert scores.shape == weights.shape
+        assert at.row_kinds.shape[1] == weights.shape[2] <= 64
+        is_open = scores > torch.finfo(scores.dtype).min / 2
+        assert torch.equal(is_open[:, 0] & at.is_row[:, :, None], self.is_seen(weights, at))
+        return weights.amax(dim=-1).transpose(1, 2)
+
+    @staticmethod
+    def is_seen(weights: torch.Tensor, at: At) -> torch.Tensor:
+        return (weights > 0).all(dim=1) & at.is_row[:, :, None]
+
+    def heads(self, outputs: torch.Tensor, at: At) -> torch.Tensor:
+        assert at.seen is not None
+        return at.seen[..., None].expand(outputs.shape).to(outputs.dtype)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_heads_hook_gets_what_the_look_hook_saw_of_the_same_rows(
+    dtype: torch.dtype, implementation: str
+) -> None:
+    eager = zoo.load("llava", dtype, attn_implementation="eager")
+    # More text than one block of rows holds, and rows of different length.
+    batch = eager.batch([eager.inputs(n_text=150), eager.inputs(n_text=70, seed=1)])
+    with torch.no_grad():
+        weights = eager.model(**batch, output_attentions=True).attentions[0].float()
+    family = zoo.load("llava", dtype, attn_implementation=implementation)
+    outputs: list[torch.Tensor] = []
+    projection = family.model.get_decoder().layers[0].self_attn.o_proj
+    projection.register_forward_pre_hook(lambda module, args: outputs.append(args[0]))
+    with vlm_steer.steer(family.model, Looking(layers=(0, 1))) as steering, torch.no_grad():
+        family.model(**batch)
+        effect = steering.effect()["looking"]["layers"]
+        family.model.generate(**batch, max_new_tokens=3, do_sample=False)
+    largest = weights.amax(dim=-1).transpose(1, 2)
+    steered = outputs[0].unflatten(-1, (zoo.HEADS, -1)).float()
+    is_after = torch.zeros(steered.shape[:2], dtype=torch.bool)
+    is_after[0, -150:], is_after[1, -70:] = True, True
+    expected = largest[..., None].expand(steered.shape)[is_after]
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-3
+    torch.testing.assert_close(steered[is_after], expected, rtol=tolerance, atol=tolerance)
+    assert not torch.isclose(steered[~is_after], largest[..., None][~is_after]).all()
+    assert effect[0]["rows"] == 220
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counting(Method):
+    name: ClassVar[str] = "counting"
+    rows: ClassVar[Rows] = "last"
+
+    def look(self, scores: torch.Tensor, weights: torch.Tensor, at: At) -> torch.Tensor:
+        image = (weights * at.columns.is_image[:, None, None]).sum(dim=-1)
+        return image.transpose(1, 2)
+
+    def heads(self, outputs: torch.Tensor, at: At) -> torch.Tensor:
+        assert at.seen is not None
+        return outputs * at.seen[..., None]
+
+
+def test_the_look_hook_sees_weights_as_other_methods_leave_them() -> None:
+    family = zoo.load("llava")
+    batch = family.batch([family.inputs()])
+    seen: list[torch.Tensor] = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Blind(Method):
+        name: ClassVar[str] = "blind"
+        rows: ClassVar[Rows] = "last"
+
+        def weights(self, weights: torch.Tensor, at: At) -> torch.Tensor:
+            return weights * ~at.columns.is_image[:, None, None]
+
+    projection = family.model.get_decoder().layers[0].self_attn.o_proj
+    projection.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with vlm_steer.steer(family.model, [Counting(), Blind()]), torch.no_grad():
+        family.model.generate(**batch, max_new_tokens=2, do_sample=False)
+    assert (seen[0][:, -1] == 0).all()
+    assert (seen[0][:, :-1] != 0).any()
+    assert (seen[1] == 0).all()

@@ -99,7 +99,7 @@ def steered_attention(
         return base(query, key, value, attention_mask)
     if work.mask:
         attention_mask = _edited_mask(forward, work, query, key, attention_mask)
-    extra = None
+    extra, seen = None, _Seen()
     if work.needs_rows:
         rows = _Rows(forward, work, module, query, key, value, attention_mask, options)
         if rows.are_all_replaced:
@@ -107,10 +107,11 @@ def steered_attention(
         else:
             outputs, extra = base(query, key, value, attention_mask)
             rows.steer(outputs)
+        seen = rows.seen
     else:
         outputs, extra = base(query, key, value, attention_mask)
     if work.heads:
-        outputs = _edited_heads(forward, work, outputs)
+        outputs = _edited_heads(forward, work, outputs, seen)
     return outputs, extra
 
 
@@ -126,6 +127,22 @@ def _base_function(implementation: str, module: nn.Module) -> AttentionFunction:
         f"{type(module).__name__} has no eager attention function beside it. Load the model with "
         "attn_implementation='sdpa'."
     )
+
+
+class _Seen:
+    """What the ``look`` hooks of one attention call returned, block of rows by block of rows."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[tuple[int, str], list[Tensor]] = {}
+
+    def add(self, bound: Bound, stream: Stream, block: Tensor) -> None:
+        """Keep ``[batch, rows, ...]`` of the next block of rows."""
+        self._blocks.setdefault((bound.index, stream.name), []).append(block)
+
+    def by(self, bound: Bound, stream: Stream) -> Tensor | None:
+        """``[batch, rows, ...]`` of all rows that the method acts on."""
+        blocks = self._blocks.get((bound.index, stream.name))
+        return None if blocks is None else torch.cat(blocks, dim=1)
 
 
 class _Rows:
@@ -151,6 +168,7 @@ class _Rows:
         self.layer, self.axis = work.site.layer, work.site.axis
         self.n_keys = key.shape[2]
         self.acting = forward.acting_at(work)
+        self.seen = _Seen()
 
     @property
     def are_all_replaced(self) -> bool:
@@ -167,13 +185,14 @@ class _Rows:
         """Write the steered rows into ``outputs`` ``[batch, rows, heads, value_dim]``."""
         length = self.query.shape[2]
         writers = self.work.scores + self.work.weights
-        first = self.forward.first_row(writers)
+        first = self.forward.first_row(writers + self.work.look)
         for start in range(first, length, _BLOCK):
             rows = (start, min(start + _BLOCK, length))
             weights = self._weights(*rows)
-            is_changed = self._is_changed(rows)[:, :, None, None]
-            old = outputs[:, slice(*rows)]
-            outputs[:, slice(*rows)] = torch.where(is_changed, self._outputs(weights), old)
+            if writers:
+                is_changed = self._is_changed(rows)[:, :, None, None]
+                old = outputs[:, slice(*rows)]
+                outputs[:, slice(*rows)] = torch.where(is_changed, self._outputs(weights), old)
             if rows[1] == length:
                 self._observe(weights[:, :, -1])
         if first == length and self.work.observe:
@@ -210,7 +229,18 @@ class _Rows:
             if measured:
                 self.forward.touch(bound, self.layer, Touch.of_weights(old, new))
             weights = _put(weights, stream.batch, new)
+        if self.acting.look:
+            self._look(self._masked(scores, closed, slice(None)), weights, rows)
         return weights
+
+    def _look(self, scores: Tensor, weights: Tensor, rows: tuple[int, int]) -> None:
+        """Show ``[batch, heads, rows, key]`` of a block of rows to the ``look`` hooks."""
+        for bound, stream in self.acting.look:
+            start = max(rows[0], self.forward.first_row([bound]))
+            if start < rows[1]:
+                at = self._at(bound, stream, (start, rows[1]))
+                block = (stream.batch, slice(None), slice(start - rows[0], None))
+                self.seen.add(bound, stream, bound.method.look(scores[block], weights[block], at))
 
     def _closed(self, start: int, stop: int) -> Tensor | None:
         """What stops rows from seeing columns: bool (``True`` is closed), additive, or nothing."""
@@ -223,14 +253,17 @@ class _Rows:
         row = torch.arange(start, stop, device=self.query.device)[:, None] + offset
         return torch.arange(self.n_keys, device=self.query.device)[None, :] > row
 
+    def _masked(self, scores: Tensor, closed: Tensor | None, batch: slice) -> Tensor:
+        if closed is None:
+            return scores
+        if closed.ndim == 4 and closed.shape[0] > 1:
+            closed = closed[batch]
+        if closed.dtype == torch.bool:
+            return scores.masked_fill(closed, torch.finfo(scores.dtype).min)
+        return scores + closed
+
     def _softmax(self, scores: Tensor, closed: Tensor | None, batch: slice) -> Tensor:
-        if closed is not None:
-            if closed.ndim == 4 and closed.shape[0] > 1:
-                closed = closed[batch]
-            if closed.dtype == torch.bool:
-                scores = scores.masked_fill(closed, torch.finfo(scores.dtype).min)
-            else:
-                scores = scores + closed
+        scores = self._masked(scores, closed, batch)
         sinks = self.options.get("s_aux")
         if sinks is None:
             return scores.softmax(dim=-1)
@@ -278,7 +311,7 @@ def _put(tensor: Tensor, batch: slice, part: Tensor) -> Tensor:
     return tensor
 
 
-def _edited_heads(forward: Forward, work: Work, outputs: Tensor) -> Tensor:
+def _edited_heads(forward: Forward, work: Work, outputs: Tensor, seen: _Seen) -> Tensor:
     """Apply the ``heads`` hooks to ``[batch, rows, heads, head_dim]``."""
     length = outputs.shape[1]
     for bound, stream in forward.acting(work.heads):
@@ -287,6 +320,7 @@ def _edited_heads(forward: Forward, work: Work, outputs: Tensor) -> Tensor:
             continue
         columns = forward.no_columns(stream, outputs.device)
         at = forward.at(bound, stream, work.site.layer, (start, length), columns)
+        at = replace(at, seen=seen.by(bound, stream))
         old = outputs[stream.batch, start:]
         new = bound.method.heads(old, at).to(outputs.dtype)
         if not forward.every_row_changes(bound.method.rows):

@@ -75,11 +75,13 @@ class Acting:
     """Methods with the streams they act on, at one attention site in one kind of pass.
 
     Attributes:
-        replaces_rows: Every query row of the pass is rewritten by some method.
+        replaces_rows: Every query row of the pass is rewritten, or looked at to be rewritten, by
+            some method.
     """
 
     scores: tuple[tuple[Bound, Stream], ...]
     weights: tuple[tuple[Bound, Stream], ...]
+    look: tuple[tuple[Bound, Stream], ...]
     observe: tuple[tuple[Bound, Stream], ...]
     replaces_rows: bool
 
@@ -175,11 +177,15 @@ class Forward:
 
     def _acting_at(self, work: Work) -> Acting:
         scores, weights = self.acting(work.scores), self.acting(work.weights)
+        look = self.acting(work.look)
         return Acting(
             scores=tuple(scores),
             weights=tuple(weights),
+            look=tuple(look),
             observe=tuple(self.acting(work.observe)),
-            replaces_rows=any(self.every_row_changes(b.method.rows) for b, _ in scores + weights),
+            replaces_rows=any(
+                self.every_row_changes(b.method.rows) for b, _ in scores + weights + look
+            ),
         )
 
     def closed(self, mask: Tensor, start: int, stop: int, n_keys: int) -> Tensor:
@@ -191,7 +197,7 @@ class Forward:
         key = (id(mask), start, stop)
         if key not in self._closed:
             block = mask[:, :, start:stop, :n_keys]
-            block = ~block if block.dtype == torch.bool else block.float()
+            block = ~block if block.dtype == torch.bool else _in_float32(block)
             self._closed[key] = (mask, block)  # holding the mask keeps its id its own
         return self._closed[key][1]
 
@@ -339,6 +345,12 @@ class Forward:
     def no_columns(self, stream: Stream, device: torch.device) -> Columns:
         """Columns for hooks that do not look at keys."""
         return self.columns(stream, 0, "self", device)
+
+
+def _in_float32(mask: Tensor) -> Tensor:
+    """An additive mask whose closed columns are the most negative number of float32, too."""
+    is_closed = mask <= torch.finfo(mask.dtype).min / 2
+    return mask.float().masked_fill(is_closed, torch.finfo(torch.float32).min)
 
 
 def _fit(marks: Tensor, n_keys: int, total: int) -> Tensor:

@@ -13,6 +13,7 @@ The hooks, in the order in which data passes them:
 ``marks``       a read-only look at a layer's input that marks key columns (sinks)
 ``scores``      attention scores of the steered rows, before the mask and the softmax
 ``weights``     attention weights of the steered rows, after the softmax
+``look``        a read-only look at the attention of the steered rows, for ``heads`` to use
 ``heads``       per-head outputs before the output projection
 ``mlp``         output of a layer's MLP
 ``hidden``      residual stream after a layer
@@ -142,6 +143,7 @@ class At:
         prepared: What ``Method.prepare`` returned for this generation.
         once: ``once(name, make)`` returns ``make()`` of the first call in this generation, per
             method, layer and stream.
+        seen: In the ``heads`` hook, what the method's own ``look`` hook returned for these rows.
         softmax: In the ``scores`` hook, ``softmax(scores)`` are the attention weights that scores
             of the rows at hand become under their mask.
     """
@@ -156,6 +158,7 @@ class At:
     plan: Any
     prepared: Any
     once: Callable[[str, Callable[[], Tensor]], Tensor]
+    seen: Tensor | None = None
     softmax: Callable[[Tensor], Tensor] = _no_softmax
 
 
@@ -193,7 +196,7 @@ class Reference:
     layers: tuple[int, ...]
 
 
-_LAYER_HOOKS = ("mask", "marks", "scores", "weights", "heads", "mlp", "hidden", "observe")
+_LAYER_HOOKS = ("mask", "marks", "scores", "weights", "look", "heads", "mlp", "hidden", "observe")
 
 
 class _Strict(type):
@@ -220,8 +223,8 @@ class Method(metaclass=_Strict):
             (``positive``), the branches (``negative``) or ``all``.
 
     Class attributes:
-        rows: Query rows that ``scores``, ``weights`` and ``heads`` may change. ``last`` are the
-            rows that predict a generated token.
+        rows: Query rows that ``scores``, ``weights`` and ``heads`` may change and ``look`` sees.
+            ``last`` are the rows that predict a generated token.
         attends: Attention layers to act in: self-attention, those whose keys hold the image
             (cross-attention where a model has it, else self-attention), or both.
         needs_image_tokens: The method needs image tokens in the decoder's own sequence.
@@ -299,6 +302,20 @@ class Method(metaclass=_Strict):
     def weights(self, weights: Tensor, at: At) -> Tensor:
         """``[batch, heads, rows, key]`` float32 weights whose rows sum to 1; same shape back."""
         return weights
+
+    def look(self, scores: Tensor, weights: Tensor, at: At) -> Tensor:
+        """What ``heads`` of the same layer needs to know about the attention of its rows.
+
+        Args:
+            scores: ``[batch, heads, rows, key]`` float32 scores as they enter the softmax; columns
+                that a mask closes hold the most negative number or minus infinity.
+            weights: ``[batch, heads, rows, key]`` float32 weights, after the hooks of every method.
+            at: The view. Long prompts come in blocks of rows.
+
+        Returns:
+            ``[batch, rows, ...]``, which ``heads`` finds in ``At.seen``.
+        """
+        raise NotImplementedError
 
     def heads(self, outputs: Tensor, at: At) -> Tensor:
         """``[batch, rows, heads, head_dim]`` head outputs before W_O; same shape back."""

@@ -11,7 +11,7 @@ from vlm_steer.errors import CompositionError, ConfigError, UnsupportedModelErro
 
 __all__ = ["Bound", "Plan", "Work", "make_plan"]
 
-_ATTENTION_HOOKS = ("mask", "scores", "weights", "heads", "observe")
+_ATTENTION_HOOKS = ("mask", "scores", "weights", "look", "heads", "observe")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -37,13 +37,14 @@ class Work:
     mask: tuple[Bound, ...]
     scores: tuple[Bound, ...]
     weights: tuple[Bound, ...]
+    look: tuple[Bound, ...]
     heads: tuple[Bound, ...]
     observe: tuple[Bound, ...]
 
     @property
     def needs_rows(self) -> bool:
         """Whether rows of the attention matrix have to be computed."""
-        return bool(self.scores or self.weights or self.observe)
+        return bool(self.scores or self.weights or self.look or self.observe)
 
 
 @dataclass(frozen=True, eq=False)
