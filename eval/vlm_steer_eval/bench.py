@@ -29,9 +29,10 @@ from transformers import (
 )
 
 import vlm_steer
+from vlm_steer.config import Spec, resolve
 from vlm_steer.errors import ConfigError, SteerWarning
 
-__all__ = ["ARMS", "SHAPES", "Cost", "Shape", "build_model", "measure_overhead"]
+__all__ = ["SETTINGS", "SHAPES", "Cost", "Shape", "build_model", "every_arm", "measure_overhead"]
 
 _IMAGE_TOKEN = 3
 _N_TEXT = 64
@@ -54,17 +55,19 @@ SHAPES = {
     "7b": Shape(hidden=4096, intermediate=11008, layers=32, heads=32, vocabulary=32000),
 }
 
-ARMS: dict[str, Any] = {
+SETTINGS: dict[str, Spec] = {
     "pai": {"method": "pai", "alpha": 0.5, "gamma": 1.0},
+    "pai_guided": {"method": "pai", "alpha": 0.5, "gamma": 1.1},
     # A random model has no massive activations; two ordinary dimensions stand in for sinks, so
     # that the redistribution does all of its work.
     "var": {"method": "var", "sink_dims": [1, 2], "tau": 2.0, "min_image_mass": 0.0},
-    "vhr": {"method": "vhr"},
-    "mma": {"method": "mma"},
-    "lookback_ratio": {"method": "lookback_ratio"},
-    "vcd": {"method": "vcd"},
-    "pai_guided": {"method": "pai", "alpha": 0.5, "gamma": 1.1},
 }
+"""Arms whose settings are not the defaults of a method or a preset of that name."""
+
+
+def every_arm() -> list[str]:
+    """Names of all arms: every registered method, and the settings above."""
+    return sorted({*vlm_steer.list_methods(), *SETTINGS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +152,7 @@ def measure_overhead(
     """Measure what each arm costs beside the unsteered model.
 
     Args:
-        arms: Names in ``ARMS``.
+        arms: Names in ``SETTINGS``, or methods, presets and compositions of them.
         shape: Name in ``SHAPES``.
         image_tokens: Image tokens of the prompt; 64 text tokens surround them.
         new_tokens: Tokens decoded per timing.
@@ -160,55 +163,45 @@ def measure_overhead(
 
     Raises:
         ConfigError: An arm or a shape is not known.
+        UnsupportedModelError: An arm refuses the model.
     """
-    unknown = sorted(set(arms) - set(ARMS))
-    if unknown or shape not in SHAPES:
-        raise ConfigError(
-            f"bench: {', '.join(unknown) or shape} is not known. Arms: {', '.join(ARMS)}; "
-            f"shapes: {', '.join(SHAPES)}."
-        )
+    if shape not in SHAPES:
+        raise ConfigError(f"bench: shape {shape!r} is not known. Shapes: {', '.join(SHAPES)}.")
+    specs = {arm: resolve(SETTINGS.get(arm, arm)) for arm in arms}
     model = build_model(SHAPES[shape], image_tokens, device=device, dtype=dtype)
     inputs = _inputs(model, image_tokens)
     costs = []
     plans = [("sdpa", arm) for arm in arms]
     plans += [("eager", arm) for arm in ("none", *arms)] if with_eager else []
     for attention, arm in tqdm(plans, desc=f"{image_tokens} image tokens", leave=False):
-        costs.append(_cost(model, inputs, arm, attention, image_tokens, new_tokens, repeats))
+        ratios = _ratios(model, inputs, specs.get(arm), attention, new_tokens, repeats)
+        costs.append(Cost(arm, attention, image_tokens, *ratios))
     return costs
 
 
-def _cost(
+def _ratios(
     model: PreTrainedModel,
     inputs: dict[str, torch.Tensor],
-    arm: str,
+    spec: Spec,
     attention: str,
-    image_tokens: int,
     new_tokens: int,
     repeats: int,
-) -> Cost:
-    spec = ARMS.get(arm)
-    prefills, decodes, memories = [], [], []
+) -> tuple[float, float, float]:
+    """Median ratios of prefill, decoding and memory, each timing beside one of the base."""
+    ratios = []
     for repeat in range(repeats + 1):
         base = _timings(model, inputs, None, "sdpa", new_tokens)
         mine = _timings(model, inputs, spec, attention, new_tokens)
         if repeat > 0:  # The first round warms up allocators and kernels.
-            prefills.append(mine[0] / base[0])
-            decodes.append(mine[1] / base[1])
-            memories.append(mine[2] / base[2])
-    return Cost(
-        arm=arm,
-        attention=attention,
-        image_tokens=image_tokens,
-        prefill=statistics.median(prefills),
-        decode=statistics.median(decodes),
-        memory=statistics.median(memories),
-    )
+            ratios.append([m / b for m, b in zip(mine, base, strict=True)])
+    prefill, decode, memory = (statistics.median(column) for column in zip(*ratios, strict=True))
+    return prefill, decode, memory
 
 
 def _timings(
     model: PreTrainedModel,
     inputs: dict[str, torch.Tensor],
-    spec: Any,
+    spec: Spec,
     attention: str,
     new_tokens: int,
 ) -> tuple[float, float, float]:

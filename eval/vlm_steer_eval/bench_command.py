@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
 
 def overhead(
     methods: Annotated[
-        str, typer.Option(help="Settings to measure, separated by commas; all by default.")
+        str, typer.Option(help="Arms to measure, separated by commas; every method by default.")
     ] = "",
     image_tokens: Annotated[
         list[int] | None, typer.Option(help="Image tokens of the prompt; may be given twice.")
@@ -43,7 +43,7 @@ def overhead(
     from rich.table import Table
 
     from vlm_steer.errors import ConfigError
-    from vlm_steer_eval.bench import ARMS, as_rows, measure_overhead
+    from vlm_steer_eval.bench import as_rows, every_arm, measure_overhead
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in dtypes:
@@ -51,7 +51,7 @@ def overhead(
     costs = []
     for tokens in image_tokens or [576]:
         costs += measure_overhead(
-            methods.split(",") if methods else list(ARMS),
+            methods.split(",") if methods else every_arm(),
             shape=shape,
             image_tokens=tokens,
             new_tokens=new_tokens,

@@ -7,6 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import vlm_steer
 from vlm_steer.cli import build_app
 from vlm_steer.errors import ConfigError
 from vlm_steer_eval import bench
@@ -20,20 +21,33 @@ def tiny_shape(monkeypatch):
 
 def test_every_setting_gets_ratios_over_both_kernels():
     costs = bench.measure_overhead(
-        list(bench.ARMS), shape="nano", image_tokens=16, new_tokens=3, repeats=1
+        ["pai_guided", "pai+vcd"], shape="nano", image_tokens=16, new_tokens=3, repeats=1
     )
     assert {cost.attention for cost in costs} == {"sdpa", "eager"}
-    assert {cost.arm for cost in costs} == {*bench.ARMS, "none"}
+    assert {cost.arm for cost in costs} == {"pai_guided", "pai+vcd", "none"}
     for cost in costs:
         assert cost.prefill > 0
         assert cost.decode > 0
         assert cost.memory > 0 or math.isnan(cost.memory)
 
 
+def test_every_method_can_be_measured():
+    assert set(vlm_steer.list_methods()) <= set(bench.every_arm())
+    costs = bench.measure_overhead(
+        bench.every_arm(),
+        shape="nano",
+        image_tokens=16,
+        new_tokens=3,
+        repeats=1,
+        with_eager=False,
+    )
+    assert [cost.arm for cost in costs] == bench.every_arm()
+
+
 def test_the_model_is_given_back_unsteered_and_on_sdpa():
     model = bench.build_model(bench.SHAPES["nano"], 16, device="cpu", dtype=torch.float32)
     inputs = bench._inputs(model, 16)
-    bench._timings(model, inputs, bench.ARMS["pai"], "eager", 3)
+    bench._timings(model, inputs, "pai", "eager", 3)
     assert model.config.text_config._attn_implementation == "sdpa"
     assert "generate" not in vars(model)
 
