@@ -17,6 +17,7 @@ def register(app: typer.Typer) -> None:
     bench.command(
         epilog="Example: vlm-steer bench overhead --image-tokens 576 --image-tokens 2304"
     )(overhead)
+    bench.command(epilog="Example: vlm-steer bench rows --tokens 640 --tokens 2400")(rows)
     app.add_typer(bench, name="bench")
 
 
@@ -80,6 +81,28 @@ def overhead(
         path = output / "overhead.json"
         path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         (output / "overhead.md").write_text(_markdown(facts), encoding="utf-8")
+
+
+def rows(
+    tokens: Annotated[
+        list[int] | None, typer.Option(help="Length of the prompt; may be given twice.", min=128)
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Timings of each.", min=1)] = 5,
+) -> None:
+    """One attention layer steered as published code does it, and as it is done here."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from vlm_steer_eval.bench_rows import measure_layer
+
+    table = Table(title="Ratios to the stock kernel on the same tensors, 32 heads of 128")
+    for column in ("method", "phase", "tokens", "published way", "here"):
+        table.add_column(column, justify="left" if column in ("method", "phase") else "right")
+    for length in tokens or [640]:
+        for cost in measure_layer(length, repeats=repeats):
+            ratios = (f"{cost.published:.2f}", f"{cost.here:.2f}")
+            table.add_row(cost.method, cost.phase, str(cost.tokens), *ratios)
+    Console().print(table)
 
 
 def _markdown(facts: dict[str, Any]) -> str:

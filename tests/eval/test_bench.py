@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import vlm_steer
 from vlm_steer.cli import build_app
 from vlm_steer.errors import ConfigError
-from vlm_steer_eval import bench
+from vlm_steer_eval import bench, bench_rows
 
 
 @pytest.fixture(autouse=True)
@@ -86,3 +86,23 @@ def test_the_command_writes_json_and_a_table(tmp_path):
     facts = json.loads((tmp_path / "overhead.json").read_text())
     assert [cost["arm"] for cost in facts["costs"]] == ["pai"]
     assert "| pai | sdpa | 16 |" in (tmp_path / "overhead.md").read_text()
+
+
+def test_the_published_way_and_ours_agree_on_the_same_tensors():
+    costs = bench_rows.measure_layer(160, heads=2, head_dim=8, repeats=1)
+    assert [(cost.method, cost.phase) for cost in costs] == [
+        ("pai", "prefill"),
+        ("var", "prefill"),
+        ("pai", "decode"),
+        ("var", "decode"),
+    ]
+    assert all(cost.published > 0 and cost.here > 0 for cost in costs)
+
+
+def test_the_rows_command_prints_a_line_per_method_and_phase(monkeypatch):
+    costs = [bench_rows.LayerCost("pai", "prefill", 160, 3.0, 1.1)]
+    monkeypatch.setattr(bench_rows, "measure_layer", lambda *_, **__: costs)
+    result = CliRunner().invoke(build_app(), ["bench", "rows", "--tokens", "160"])
+    assert result.exit_code == 0, result.output
+    assert "3.00" in result.output
+    assert "1.10" in result.output
