@@ -13,6 +13,8 @@ __all__ = ["BASELINE", "Arm", "parse_arms"]
 BASELINE = "none"
 """The unsteered arm, against which every other arm is compared."""
 
+_SHAM = "sham:"
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -35,6 +37,8 @@ class Arm:
 def parse_arms(methods: str | Mapping[str, Spec]) -> list[Arm]:
     """Arms of `--methods`: a comma separates them, `+` composes, `none` is added in front.
 
+    `sham:NAME` is the control of a method: as much change, in the wrong places.
+
     Args:
         methods: "none,var,var+vcd", or arm names with their specifications.
 
@@ -55,5 +59,11 @@ def parse_arms(methods: str | Mapping[str, Spec]) -> list[Arm]:
     arms = [Arm(BASELINE, ())]
     for name, spec in specs.items():
         if name != BASELINE:
-            arms.append(Arm(name, resolve(spec)))
+            arms.append(Arm(name, resolve(_sham_of(spec))))
     return arms
+
+
+def _sham_of(spec: Spec) -> Spec:
+    if isinstance(spec, str) and spec.startswith(_SHAM):
+        return {"method": "sham", "of": spec.removeprefix(_SHAM)}
+    return spec

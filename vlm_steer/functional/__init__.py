@@ -15,6 +15,10 @@ from vlm_steer.functional.contrast import (
     m3id_logits,
     plausibility_mask,
 )
+from vlm_steer.functional.controls import (
+    move_to_columns,
+    shuffle_columns,
+)
 from vlm_steer.functional.fast import (
     GroupedAttention,
     grouped_attention,
@@ -113,6 +117,7 @@ __all__ = [
     "memvr_retrace",
     "merge_groups",
     "modality_mutual_mask",
+    "move_to_columns",
     "opera_penalty",
     "paint_tokens",
     "plausibility_mask",
@@ -121,6 +126,7 @@ __all__ = [
     "retrace_uncertainty",
     "row_scores",
     "scale_scores",
+    "shuffle_columns",
     "sink_tokens",
     "sink_transfer_scales",
     "spin_gate",
