@@ -12,8 +12,12 @@ from vlm_steer_eval.stats import (
     benjamini_hochberg,
     clopper_pearson,
     clustered_standard_error,
+    design_effect,
     holm,
+    items_needed,
     mcnemar,
+    minimum_detectable_difference,
+    paired_permutation,
     paired_t_test,
     wilson,
 )
@@ -142,3 +146,105 @@ def test_undefined_metrics_are_null_and_partly_defined_resamples_are_kept():
 def test_rows_without_a_cluster_are_refused():
     with pytest.raises(DataError, match="2 rows"):
         cluster_totals([[1], [2]], ["a"])
+
+
+@given(st.integers(0, 60), st.integers(0, 60))
+@settings(deadline=None)
+def test_mcnemar_is_the_binomial_test_of_the_discordant_pairs(first, second):
+    scipy_stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
+    result = mcnemar(first, second)
+    assert result == mcnemar(second, first)
+    assert 0 < result.exact_p <= 1
+    if first + second:
+        reference = scipy_stats.binomtest(first, first + second).pvalue
+        assert result.exact_p == pytest.approx(reference, rel=1e-9)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=2, max_size=9))
+@settings(max_examples=30, deadline=None)
+def test_few_pairs_are_relabelled_exhaustively(pairs):
+    scipy_stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
+    a, b = (np.array(column, dtype=float) for column in zip(*pairs, strict=True))
+    reference = scipy_stats.permutation_test(
+        (a, b),
+        lambda x, y, axis: (y - x).mean(axis=axis),
+        permutation_type="samples",
+        n_resamples=np.inf,
+        vectorized=True,
+    ).pvalue
+    assert paired_permutation(a, b) == pytest.approx(reference)
+
+
+def test_many_pairs_are_relabelled_at_random_to_the_same_answer():
+    generator = np.random.default_rng(5)
+    a = generator.normal(size=13)
+    b = a + generator.normal(0.4, 1, size=13)
+    exact = paired_permutation(a, b)
+    sampled = paired_permutation(a, b, n_resamples=8000)
+    # Four standard errors of a share of 8,000 relabellings.
+    assert sampled == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / 8000) + 2e-4)
+
+
+@given(st.lists(st.integers(-3, 3), min_size=2, max_size=10), st.integers(0, 3))
+@settings(max_examples=30, deadline=None)
+def test_a_permutation_ignores_order_arms_and_ties(shifts, seed):
+    shifts = np.array(shifts, dtype=float)
+    zero = np.zeros(len(shifts))
+    order = np.random.default_rng(seed).permutation(len(shifts))
+    p = paired_permutation(zero, shifts)
+    assert 0 < p <= 1
+    assert p == paired_permutation(shifts, zero)
+    assert p == paired_permutation(zero, shifts[order])
+    assert p == paired_permutation(np.append(zero, 1.0), np.append(shifts, 1.0))
+
+
+def test_swapping_whole_images_is_more_cautious_about_repeated_questions():
+    shifts = np.repeat([1.0, 1.0, 1.0, -1.0, 1.0, 1.0], 6)
+    clusters = np.repeat(np.arange(6), 6)
+    zero = np.zeros(len(shifts))
+    assert paired_permutation(zero, shifts, clusters) > 0.2
+    assert paired_permutation(zero, shifts) < 0.01
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_adjusted_p_values_keep_the_order_and_bound_each_other(p_values):
+    by_holm, by_bh = holm(p_values), benjamini_hochberg(p_values)
+    for p, h, q in zip(p_values, by_holm, by_bh, strict=True):
+        assert p <= q + 1e-12
+        assert q <= h + 1e-12
+        assert h <= min(1.0, p * len(p_values)) + 1e-12
+    order = np.argsort(p_values, kind="stable")
+    assert (np.diff(np.array(by_holm)[order]) >= 0).all()
+    assert (np.diff(np.array(by_bh)[order]) >= 0).all()
+
+
+@given(st.integers(50, 20_000), st.floats(0.02, 0.6), st.sampled_from([0.8, 0.9]))
+def test_the_detectable_difference_and_the_items_needed_undo_each_other(n, discordant, power):
+    least = minimum_detectable_difference(n, discordant, power=power)
+    if least is None:
+        assert items_needed(discordant, discordant, power=power) > n
+        return
+    assert 0 < least <= discordant
+    assert abs(items_needed(least, discordant, power=power) - n) <= 1
+    larger = minimum_detectable_difference(4 * n, discordant, power=power)
+    assert larger == pytest.approx(least / 2, rel=0.1)
+
+
+def test_the_detectable_difference_is_found_as_often_as_promised():
+    n, discordant = 1000, 0.1
+    least = minimum_detectable_difference(n, discordant)
+    generator = np.random.default_rng(0)
+    gains = generator.binomial(n, (discordant + least) / 2, size=2000)
+    losses = generator.binomial(n - gains, (discordant - least) / (2 - discordant - least))
+    statistic = (gains - losses) ** 2 / np.maximum(1, gains + losses)
+    assert (statistic > 3.8415).mean() == pytest.approx(0.8, abs=0.03)
+
+
+def test_correlated_questions_are_worth_less():
+    assert design_effect(6, 0) == 1
+    assert design_effect(6, 1) == 6
+    alone = minimum_detectable_difference(3000, 0.05)
+    together = minimum_detectable_difference(3000, 0.05, cluster_size=6, correlation=0.2)
+    assert together == pytest.approx(alone * np.sqrt(2), rel=0.02)
+    with pytest.raises(ValueError, match="discordant"):
+        items_needed(0.2, 0.1)
