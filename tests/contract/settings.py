@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tests.families import zoo
 from vlm_steer.engine.hooks import At, Attends, Branch, LogitsAt, Method, Rows
+from vlm_steer.engine.model import ModelInfo
 from vlm_steer.registry import list_methods
 
 CI_FAMILIES = ("llava", "qwen2_5_vl", "gemma3", "mllama")
@@ -176,6 +177,17 @@ class EditedLogits(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EarlyLogits(Method):
+    def select_taps(self, model: ModelInfo) -> tuple[int, ...]:
+        return (0, model.n_layers - 2)
+
+    def logits(self, logits: Tensor, at: LogitsAt) -> Tensor:
+        return (
+            logits - 0.3 * at.early_logits().mean(dim=1) + 0.1 * at.early_logits(normed=False)[:, 0]
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TwoBranches(Method):
     def branches(self) -> tuple[Branch, ...]:
         return (
@@ -196,6 +208,7 @@ for _cls in (
     EditedHidden,
     EditedMlp,
     EditedLogits,
+    EarlyLogits,
     TwoBranches,
 ):
     _cls.name = _cls.__name__.lower()
@@ -208,5 +221,6 @@ HOOKS = {
     "hidden": EditedHidden(),
     "mlp": EditedMlp(),
     "logits": EditedLogits(),
+    "taps": EarlyLogits(),
     "branches": TwoBranches(),
 }

@@ -24,6 +24,7 @@ _HOOKS = (
     "heads",
     "mlp",
     "hidden",
+    "select_taps",
     "logits",
     "plausible",
     "observe",

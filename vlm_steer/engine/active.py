@@ -28,16 +28,31 @@ class AttentionSite:
 
 @dataclass(eq=False)
 class Probe:
-    """A pass that steers nothing and collects head outputs of the last row."""
+    """A pass that steers nothing and collects head outputs or hidden states of the last row.
 
-    sites: dict[nn.Module, AttentionSite]
-    layers: frozenset[int]
+    Attributes:
+        sites: Attention modules whose head outputs to collect.
+        layers: Layers at which to collect them.
+        taps: Layers whose output to collect.
+        outputs: The head outputs collected, ``[batch, heads, head_dim]`` by layer.
+        states: The layers' outputs collected, ``[batch, hidden]`` by layer.
+    """
+
+    sites: dict[nn.Module, AttentionSite] = field(default_factory=dict)
+    layers: frozenset[int] = frozenset()
+    taps: frozenset[int] = frozenset()
     outputs: dict[int, Tensor] = field(default_factory=dict)
+    states: dict[int, Tensor] = field(default_factory=dict)
 
     def see(self, site: AttentionSite, outputs: Tensor) -> None:
         """Keep the last row of head outputs ``[batch, rows, heads, head_dim]``."""
         if site.layer in self.layers:
             self.outputs[site.layer] = outputs[:, -1]
+
+    def tap(self, layer: int, hidden: Tensor) -> None:
+        """Keep the last row of a layer's output ``[batch, rows, hidden]``."""
+        if layer in self.taps:
+            self.states[layer] = hidden[:, -1].clone()
 
 
 ACTIVE: ContextVar["Forward | Probe | None"] = ContextVar("vlm_steer_active", default=None)

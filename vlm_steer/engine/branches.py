@@ -10,8 +10,7 @@ that the user's stream receives. Two ways to run it give the same numbers:
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -35,10 +34,11 @@ from vlm_steer.engine.inputs import (
     without_image,
 )
 from vlm_steer.engine.layout import Layout
+from vlm_steer.engine.model import kept_module_state
 from vlm_steer.engine.plan import Bound
 from vlm_steer.errors import UnsupportedModelError
 
-__all__ = ["Backend", "Branches", "Source", "intercept", "is_capturing", "kept_module_state"]
+__all__ = ["Backend", "Branches", "Source", "intercept", "is_capturing"]
 
 Backend: TypeAlias = Literal["auto", "paired", "separate"]
 
@@ -141,18 +141,6 @@ class Source:
 
     def _text_config(self) -> Any:
         return self.model.config.get_text_config(decoder=True)
-
-
-@contextmanager
-def kept_module_state(model: nn.Module) -> Iterator[None]:
-    """Restore the M-RoPE offset that Qwen-VL models keep on the module."""
-    holders = [module for module in model.modules() if "rope_deltas" in vars(module)]
-    saved = [holder.rope_deltas for holder in holders]
-    try:
-        yield
-    finally:
-        for holder, value in zip(holders, saved, strict=True):
-            holder.rope_deltas = value
 
 
 @dataclass(eq=False)

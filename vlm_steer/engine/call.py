@@ -31,6 +31,16 @@ class Stream:
     marks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     memo: dict[tuple[int, int, str], Tensor] = field(default_factory=dict)
     prepared: dict[int, Any] = field(default_factory=dict)
+    taps: dict[int, Tensor] = field(default_factory=dict)
+
+    def tapped(self, layers: Iterable[int]) -> Tensor:
+        """States of the last row after each of the layers, ``[batch, layers, hidden]``.
+
+        A layer that did not run, such as a cross-attention layer without an image, left the
+        residual stream as the layer before it did.
+        """
+        states = [self.taps[max(seen for seen in self.taps if seen <= i)] for i in layers]
+        return torch.stack([state.to(states[0].device) for state in states], dim=1)
 
     @property
     def is_positive(self) -> bool:
@@ -141,6 +151,10 @@ class Forward:
     masks: dict[tuple[int, int, tuple[int, ...]], tuple[Tensor | None, Tensor]] = field(
         default_factory=dict
     )
+
+    def __post_init__(self) -> None:
+        for stream in self.streams:
+            stream.taps.clear()
 
     @property
     def total(self) -> int:
@@ -293,6 +307,7 @@ class Forward:
             plan=bound.constants,
             prepared=stream.prepared.get(bound.index),
             once=once,
+            to_logits=bound.to_logits,
         )
 
     def touch(self, bound: Bound, layer: int, amount: Tensor) -> None:
@@ -320,6 +335,13 @@ class Forward:
             if old.shape[1] < self.past:
                 old = torch.nn.functional.pad(old, (0, self.past - old.shape[1]))
             stream.marks[bound.index, layer] = torch.cat([old[:, : self.past], new], dim=1)
+
+    def tap(self, layer: int, hidden: Tensor) -> None:
+        """Keep the last row of a layer's output ``[batch, rows, hidden]`` for every stream."""
+        if layer in self.call.plan.taps:
+            for stream in self.streams:
+                # A copy: a view would keep the whole prompt's states alive.
+                stream.taps[layer] = hidden[stream.batch, -1].clone()
 
     def edit(self, hook: str, layer: int, bounds: Iterable[Bound], tensor: Tensor) -> Tensor:
         """Apply ``hidden`` or ``mlp`` hooks to ``[batch, rows, hidden]``."""

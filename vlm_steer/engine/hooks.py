@@ -17,7 +17,8 @@ The hooks, in the order in which data passes them:
 ``heads``       per-head outputs before the output projection
 ``mlp``         output of a layer's MLP
 ``hidden``      residual stream after a layer
-``logits``      next-token logits, with those of the branches
+``select_taps`` layers whose residual stream at the last row the ``logits`` hook sees
+``logits``      next-token logits, with those of the branches and of the tapped layers
 ``keep``        which next tokens stay possible
 ``observe``     a read-only look at attention weights, returned to the user per generated token
 ==============  =============================================================================
@@ -27,9 +28,9 @@ A hook that is not overridden costs nothing.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -49,6 +50,8 @@ __all__ = [
     "Rows",
     "Scope",
     "Selector",
+    "ToLogits",
+    "no_logits",
 ]
 
 Scope: TypeAlias = Literal["positive", "negative", "all"]
@@ -125,6 +128,18 @@ def _no_softmax(scores: Tensor) -> Tensor:
     raise SteerError("At.softmax was called outside the scores hook, which alone has a softmax.")
 
 
+class ToLogits(Protocol):
+    """The model's own final norm and output head, applied to any hidden states."""
+
+    def __call__(self, hidden: Tensor, *, normed: bool = True) -> Tensor:
+        """``[..., hidden]`` -> ``[..., vocabulary]`` float32; without the norm if told so."""
+
+
+def no_logits(hidden: Tensor, *, normed: bool = True) -> Tensor:
+    """Stands in for the readout where it was not asked for."""
+    raise SteerError("to_logits was called by a method without taps and without needs_readout.")
+
+
 @dataclass(frozen=True, slots=True)
 class At:
     """Where a hook is being called.
@@ -146,6 +161,8 @@ class At:
         seen: In the ``heads`` hook, what the method's own ``look`` hook returned for these rows.
         softmax: In the ``scores`` hook, ``softmax(scores)`` are the attention weights that scores
             of the rows at hand become under their mask.
+        to_logits: The model's own final norm and output head. For methods that set
+            ``needs_readout``.
     """
 
     layer: int
@@ -160,6 +177,7 @@ class At:
     once: Callable[[str, Callable[[], Tensor]], Tensor]
     seen: Tensor | None = None
     softmax: Callable[[Tensor], Tensor] = _no_softmax
+    to_logits: ToLogits = no_logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +190,10 @@ class LogitsAt:
         step: 0 for the first generated token.
         plan: What ``Method.resolve`` returned for this model.
         prepared: What ``Method.prepare`` returned for this generation.
+        tapped: States of the layers of ``Method.select_taps`` at the last row, after every
+            ``hidden`` hook, ``[batch, taps, hidden]``; of the positive stream under ``None``, of
+            this method's branches by name.
+        to_logits: The model's own final norm and output head.
     """
 
     raw: Tensor
@@ -179,6 +201,19 @@ class LogitsAt:
     step: int
     plan: Any
     prepared: Any
+    tapped: Mapping[str | None, Tensor] = field(default_factory=dict)
+    to_logits: ToLogits = no_logits
+
+    def early_logits(self, *, normed: bool = True, branch: str | None = None) -> Tensor:
+        """Next-token logits read off the tapped layers, ``[batch, taps, vocabulary]`` float32.
+
+        Computed when called, for all tapped layers in one product.
+
+        Args:
+            normed: Apply the model's final norm before its output head.
+            branch: Read a branch of this method instead of the positive stream.
+        """
+        return self.to_logits(self.tapped[branch], normed=normed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +263,8 @@ class Method(metaclass=_Strict):
         attends: Attention layers to act in: self-attention, those whose keys hold the image
             (cross-attention where a model has it, else self-attention), or both.
         needs_image_tokens: The method needs image tokens in the decoder's own sequence.
+        needs_readout: The method calls ``At.to_logits``; a model whose final norm and output head
+            cannot be verified is refused. Tapping layers implies it.
         observer: The method only reads, so it is never reported as having had no effect.
     """
 
@@ -237,6 +274,7 @@ class Method(metaclass=_Strict):
     observer: ClassVar[bool] = False
     attends: ClassVar[Attends] = "self"
     needs_image_tokens: ClassVar[bool] = False
+    needs_readout: ClassVar[bool] = False
 
     layers: Selector = "all"
     scope: Scope = "positive"
@@ -252,6 +290,8 @@ class Method(metaclass=_Strict):
         if any(self.overrides(hook) for hook in _LAYER_HOOKS):
             return {}
         reason = f"{self.name} acts on next-token logits, not in layers"
+        if self.overrides("select_taps"):
+            return {"scope": reason}
         return {"layers": reason, "scope": reason}
 
     # -- before generation ------------------------------------------------------------------
@@ -265,6 +305,10 @@ class Method(metaclass=_Strict):
     def select_layers(self, model: "ModelInfo") -> tuple[int, ...]:
         """Indices of the decoder layers to act on."""
         return select(self.layers, model.n_layers)
+
+    def select_taps(self, model: "ModelInfo") -> tuple[int, ...]:
+        """Layers whose output at the last row ``LogitsAt.early_logits`` reads; none by default."""
+        return ()
 
     def resolve(self, model: "ModelInfo") -> Any:
         """Constants of this model, computed once when the method is attached."""

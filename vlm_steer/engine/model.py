@@ -7,6 +7,7 @@ them and the image token ids are read off the loaded model.
 import inspect
 import weakref
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlm_steer.engine.active import ACTIVE, AttentionSite, Probe
+from vlm_steer.engine.readout import Readout, find_readout
 from vlm_steer.errors import UnsupportedModelError
 
 _REMEMBERED: "weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Any]]" = (
@@ -22,7 +24,7 @@ _REMEMBERED: "weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Any]]" = (
 )
 T = TypeVar("T")
 
-__all__ = ["AttentionSite", "ModelInfo", "inspect_model", "unwrap"]
+__all__ = ["AttentionSite", "ModelInfo", "inspect_model", "kept_module_state", "unwrap"]
 
 _IMAGE_TOKEN_NAMES = (
     "image_token_id",
@@ -99,13 +101,8 @@ class ModelInfo:
         Returns:
             One ``[1, n_tokens, hidden]`` per layer, the embeddings first.
         """
-        config = self.text_config
-        start = config.bos_token_id if isinstance(config.bos_token_id, int) else 0
-        vocabulary = [i for i in range(1, config.vocab_size) if i not in self.image_token_ids]
-        fillers = vocabulary[:: max(len(vocabulary) // n_tokens, 1)][: n_tokens - 1]
-        device = next(self.model.get_input_embeddings().parameters()).device
-        ids = torch.tensor([[start, *fillers]], device=device)
-        token = ACTIVE.set(Probe(sites={}, layers=frozenset()))
+        ids = self.text_only_prompt(n_tokens)
+        token = ACTIVE.set(Probe())
         try:
             with torch.no_grad():
                 output = self.decoder(input_ids=ids, output_hidden_states=True, use_cache=False)
@@ -113,6 +110,45 @@ class ModelInfo:
             ACTIVE.reset(token)
         states: tuple[Tensor, ...] = output.hidden_states
         return states
+
+    def text_only_prompt(self, n_tokens: int) -> Tensor:
+        """``[1, n_tokens]`` ids: the start token, where there is one, then fillers."""
+        config = self.text_config
+        start = getattr(config, "bos_token_id", None)
+        start = start if isinstance(start, int) else 0
+        vocabulary = [i for i in range(1, config.vocab_size) if i not in self.image_token_ids]
+        fillers = vocabulary[:: max(len(vocabulary) // n_tokens, 1)][: n_tokens - 1]
+        device = next(self.model.get_input_embeddings().parameters()).device
+        return torch.tensor([[start, *fillers]], device=device)
+
+    @property
+    def readout(self) -> Readout:
+        """How hidden states become logits in this model, found and verified on first use.
+
+        Raises:
+            UnsupportedModelError: It is not a norm and an output head that the engine can find.
+        """
+        return self.remember("readout", self._find_readout)
+
+    def _find_readout(self) -> Readout:
+        token = ACTIVE.set(Probe())
+        try:
+            with torch.no_grad(), kept_module_state(self.model):
+                return find_readout(self.owner, self.decoder, self.layers, self.text_only_prompt(8))
+        finally:
+            ACTIVE.reset(token)
+
+
+@contextmanager
+def kept_module_state(model: nn.Module) -> Iterator[None]:
+    """Restore the M-RoPE offset that Qwen-VL models keep on the module."""
+    holders = [module for module in model.modules() if "rope_deltas" in vars(module)]
+    saved = [holder.rope_deltas for holder in holders]
+    try:
+        yield
+    finally:
+        for holder, value in zip(holders, saved, strict=True):
+            holder.rope_deltas = value
 
 
 def unwrap(model: Any) -> PreTrainedModel:

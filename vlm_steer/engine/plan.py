@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm_steer.engine.active import AttentionSite
-from vlm_steer.engine.hooks import Branch, Method
+from vlm_steer.engine.hooks import Branch, Method, ToLogits, no_logits
 from vlm_steer.engine.model import ModelInfo
 from vlm_steer.errors import CompositionError, ConfigError, UnsupportedModelError
 
@@ -23,6 +23,8 @@ class Bound:
     layers: frozenset[int]
     constants: Any
     branches: tuple[Branch, ...]
+    taps: tuple[int, ...]
+    to_logits: ToLogits
 
     def branch_key(self, branch: Branch) -> str:
         """Name of a branch, unique within the plan."""
@@ -57,6 +59,7 @@ class Plan:
         methods: All methods as configured.
         work: What to do at each attention site that has anything to do.
         marks, hidden, mlp: Methods with that hook, by layer.
+        taps: Layers whose output at the last row is kept for the ``logits`` hooks.
     """
 
     model: ModelInfo
@@ -66,6 +69,7 @@ class Plan:
     marks: dict[int, tuple[Bound, ...]]
     hidden: dict[int, tuple[Bound, ...]]
     mlp: dict[int, tuple[Bound, ...]]
+    taps: frozenset[int] = frozenset()
 
     def with_hook(self, hook: str) -> tuple[Bound, ...]:
         """Methods that override a hook, in order."""
@@ -120,6 +124,7 @@ def make_plan(methods: Sequence[Method], model: ModelInfo) -> Plan:
         marks=_by_layer("marks", bounds),
         hidden=_by_layer("hidden", bounds),
         mlp=_by_layer("mlp", bounds),
+        taps=_tapped_layers(bounds, model),
     )
     return plan
 
@@ -141,9 +146,33 @@ def _check(method: Method, model: ModelInfo) -> None:
 def _bind(index: int, method: Method, model: ModelInfo) -> Bound:
     try:
         layers = frozenset(method.select_layers(model))
+        taps = method.select_taps(model)
     except ConfigError as error:
         raise ConfigError(f"{method.name}: {error}") from None
-    return Bound(index, method, layers, method.resolve(model), method.branches())
+    return Bound(
+        index=index,
+        method=method,
+        layers=layers,
+        constants=method.resolve(model),
+        branches=method.branches(),
+        taps=taps,
+        to_logits=_readout(method, model) if taps or method.needs_readout else no_logits,
+    )
+
+
+def _readout(method: Method, model: ModelInfo) -> ToLogits:
+    try:
+        return model.readout
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(
+            f"{method.name} reads logits off early layers: {error}"
+        ) from None
+
+
+def _tapped_layers(bounds: Sequence[Bound], model: ModelInfo) -> frozenset[int]:
+    wanted = {layer for bound in bounds for layer in bound.taps}
+    # Cross-attention layers may be skipped; then the layer before them stands in.
+    return frozenset(model.layers) if wanted and model.has_cross_attention else frozenset(wanted)
 
 
 def _work_at(site: AttentionSite, bounds: Sequence[Bound], model: ModelInfo) -> Work | None:

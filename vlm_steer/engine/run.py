@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from vlm_steer.engine.active import ACTIVE, Probe
-from vlm_steer.engine.branches import Backend, Branches, Source, kept_module_state
+from vlm_steer.engine.branches import Backend, Branches, Source
 from vlm_steer.engine.call import Call, Forward, Stream
 from vlm_steer.engine.hooks import Columns, LogitsAt, Reference
 from vlm_steer.engine.inputs import mask_of, n_rows, n_tokens, pixel_name, without_image
 from vlm_steer.engine.layout import Layout
+from vlm_steer.engine.model import kept_module_state
 from vlm_steer.engine.plan import Bound, Plan
 from vlm_steer.errors import UnsupportedModelError
 
@@ -230,7 +231,8 @@ class Run:
         others: dict[str, Tensor] = {}
         if self.branches is not None:
             logits, others = self.branches.after(owner, self._mine, logits, self._past)
-        steered = _combine(call, logits[:, -1], others)
+        streams = () if self.branches is None else self.branches.streams()
+        steered = _combine(call, logits[:, -1], others, {s.name: s for s in streams})
         output.logits = (
             steered[:, None]
             if logits.shape[1] == 1
@@ -239,7 +241,9 @@ class Run:
         return output
 
 
-def _combine(call: Call, logits: Tensor, others: Mapping[str, Tensor]) -> Tensor:
+def _combine(
+    call: Call, logits: Tensor, others: Mapping[str, Tensor], streams: Mapping[str, Stream]
+) -> Tensor:
     """Run the ``logits`` and ``plausible`` hooks on ``[batch, vocabulary]``, in order."""
     raw = logits.float()
     current, keep = raw, None
@@ -253,6 +257,8 @@ def _combine(call: Call, logits: Tensor, others: Mapping[str, Tensor]) -> Tensor
             step=call.step,
             plan=bound.constants,
             prepared=call.positive.prepared.get(bound.index),
+            tapped=_tapped(bound, call.positive, streams) if bound.taps else {},
+            to_logits=bound.to_logits,
         )
         new = bound.method.logits(current, at)
         kept = bound.method.plausible(at)
@@ -265,6 +271,15 @@ def _combine(call: Call, logits: Tensor, others: Mapping[str, Tensor]) -> Tensor
         best = torch.zeros_like(keep).scatter_(1, raw.argmax(dim=1, keepdim=True), True)
         current = current.masked_fill(~(keep | best), -torch.inf)
     return current.to(logits.dtype)
+
+
+def _tapped(
+    bound: Bound, positive: Stream, streams: Mapping[str, Stream]
+) -> dict[str | None, Tensor]:
+    """States of the layers that a method taps, ``[batch, taps, hidden]`` per stream of its own."""
+    mine: dict[str | None, Stream] = {None: positive}
+    mine |= {branch.name: streams[bound.branch_key(branch)] for branch in bound.branches}
+    return {name: stream.tapped(bound.taps) for name, stream in mine.items()}
 
 
 def _moved(call: Call, bound: Bound, before: Tensor, after: Tensor, kept: Tensor | None) -> Tensor:

@@ -354,6 +354,7 @@ class _Installation:
             self._handles += [
                 layer.register_forward_pre_hook(_marker(index), with_kwargs=True),
                 layer.register_forward_hook(_editor("hidden", index)),
+                layer.register_forward_hook(_tapper(index)),
             ]
         for index, mlp in self.info.mlps.items():
             self._handles.append(mlp.register_forward_hook(_editor("mlp", index)))
@@ -521,6 +522,17 @@ def _editor(hook: str, layer: int) -> Callable[..., Any]:
         return forward.edit(hook, layer, bounds, output)
 
     return edit
+
+
+def _tapper(layer: int) -> Callable[..., None]:
+    """A hook on a decoder layer that keeps the last row of its output, edits included."""
+
+    def tap(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        forward = ACTIVE.get()
+        if forward is not None:
+            forward.tap(layer, output[0] if isinstance(output, tuple) else output)
+
+    return tap
 
 
 _SWITCHED: dict[int, tuple[Any, str, int]] = {}
