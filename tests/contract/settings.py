@@ -34,6 +34,8 @@ ACTIVE = {
     "lookback_ratio": {"method": "lookback_ratio"},
     # Tiny random models are never as unsure as the gate asks, and only a few tokens are generated.
     "m3id": {"method": "m3id", "lam": 0.3, "confidence": 1.0, "beta": 0.1},
+    "cca": {"method": "cca"},
+    "cca_mask": {"method": "cca", "parts": "mask"},
     "pai+vcd": {"methods": [{"method": "pai", "gamma": 1.0}, {"method": "vcd"}]},
     "var+vhr": {
         "methods": [
@@ -74,8 +76,19 @@ REFUSALS = {
 }
 """(family, setting) refused at attach, with a word of the reason. Reviewed: add with care."""
 
+NO_GRID = {
+    "mllama": "cross-attention",
+    "llava_next": "newline",
+    "llava_onevision": "newline",
+    "mistral3": "no fixed grid",
+    "instructblip": "learned queries",
+}
+REFUSALS |= {(f, s): reason for f, reason in NO_GRID.items() for s in ("cca", "cca_mask")}
+REFUSALS |= {(f, "cca"): "several axes" for f in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")}
+
 WITHOUT_EFFECT = {
     ("paligemma", "mma"): "its image rows see the whole prompt already",
+    ("gemma3", "cca_mask"): "its image rows see their whole image already, here a single ring",
 }
 """(family, setting) that is legal and changes nothing. Reviewed."""
 

@@ -17,6 +17,7 @@ __all__ = ["Entry", "entries", "entry", "markdown_table"]
 _HOOKS = (
     "branches",
     "prepare",
+    "positions",
     "mask",
     "marks",
     "scores",

@@ -4,15 +4,17 @@ A ``Call`` belongs to exactly one generation and is dropped with it; nothing is 
 or classes. ``vlm_steer.engine.active.ACTIVE`` says which forward is running.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlm_steer.engine.active import AttentionSite
-from vlm_steer.engine.hooks import At, Columns, Rows
+from vlm_steer.engine.grid import grid_of
+from vlm_steer.engine.hooks import At, Columns, Grid, PromptAt, Rows
 from vlm_steer.engine.layout import Layout
 from vlm_steer.engine.plan import Bound, Plan, Work
 
@@ -32,6 +34,8 @@ class Stream:
     memo: dict[tuple[int, int, str], Tensor] = field(default_factory=dict)
     prepared: dict[int, Any] = field(default_factory=dict)
     taps: dict[int, Tensor] = field(default_factory=dict)
+    grid: Grid | None = None
+    shift: Tensor | None = None
 
     def tapped(self, layers: Iterable[int]) -> Tensor:
         """States of the last row after each of the layers, ``[batch, layers, hidden]``.
@@ -60,6 +64,8 @@ class Call:
     Attributes:
         plan: What acts where.
         positive: The user's own stream.
+        grids: The image grids that the user's processor passed along, by argument.
+        copies: Consecutive rows that stem from one row of the user's, as beams do.
         step: Forwards done so far.
         records: Per observer, one tensor per step, ``[batch, layers, ...]``.
         touches: Per method and layer, what was changed, see ``Touch``.
@@ -68,6 +74,8 @@ class Call:
 
     plan: Plan
     positive: Stream
+    grids: Mapping[str, Tensor] = field(default_factory=dict)
+    copies: int = 1
     step: int = 0
     records: dict[str, list[Tensor]] = field(default_factory=dict)
     touches: dict[tuple[int, int], Tensor] = field(default_factory=dict)
@@ -306,9 +314,71 @@ class Forward:
             marks=marks,
             plan=bound.constants,
             prepared=stream.prepared.get(bound.index),
+            grid=self.grid(bound, stream),
+            on_rows=partial(self._on_rows, rows),
+            on_keys=partial(_fit, n_keys=columns.kinds.shape[1], total=self.total),
             once=once,
             to_logits=bound.to_logits,
         )
+
+    def _on_rows(self, rows: tuple[int, int], values: Tensor) -> Tensor:
+        missing = max(self.total - values.shape[1], 0)
+        values = torch.nn.functional.pad(values, (0, missing))
+        return values[:, self.past + rows[0] : self.past + rows[1]]
+
+    def grid(self, bound: Bound, stream: Stream) -> Grid | None:
+        """Where the image tokens of a stream's prompt lie, for methods that ask for it."""
+        if not bound.method.needs_grid:
+            return None
+        if stream.grid is None:
+            call = self.call
+            stream.grid = grid_of(
+                call.plan.model.geometry, stream.layout.prompt, call.grids, call.copies
+            )
+        return stream.grid
+
+    def moved(self, kwargs: Mapping[str, Any], tokens: Tensor) -> dict[str, Any]:
+        """Arguments of the decoder with the position ids that methods ask for.
+
+        Args:
+            kwargs: The decoder's arguments.
+            tokens: ``[batch, rows, ...]``, the argument that carries the tokens.
+        """
+        rows, length = tokens.shape[:2]
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(self.past, self.past + length, device=tokens.device)[None]
+        positions = positions.expand(rows, length).clone()
+        for stream in self.streams:
+            shift = self._shift(stream).to(positions.device)
+            spare = shift[:, -1:].expand(-1, self.total)
+            shift = torch.cat([shift, spare], dim=1)[:, self.past : self.past + length]
+            positions[stream.batch] += shift
+        moved = {**kwargs, "position_ids": positions}
+        if kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None:
+            # Without either, positions that do not count up would be read as packed sequences.
+            moved["attention_mask"] = torch.ones(
+                (rows, length), dtype=torch.long, device=tokens.device
+            )
+        return moved
+
+    def _shift(self, stream: Stream) -> Tensor:
+        """``[batch, prompt]``: what methods add to the position of each token of the prompt."""
+        if stream.shift is None:
+            columns = Columns(stream.layout.prompt)
+            is_token = ~columns.is_padding
+            counted = (is_token.long().cumsum(dim=1) - 1).clamp(min=0)
+            positions = counted
+            for bound in self.call.plan.positions:
+                if not stream.in_scope(bound):
+                    continue
+                at = PromptAt(columns, self.grid(bound, stream), bound.constants)
+                new = bound.method.positions(positions, at)
+                for layer in bound.layers:
+                    self.touch(bound, layer, Touch.of_rows(positions[..., None], new[..., None]))
+                positions = new
+            stream.shift = torch.where(is_token, positions - counted, 0)
+        return stream.shift
 
     def touch(self, bound: Bound, layer: int, amount: Tensor) -> None:
         """Add to the account of what a method changed."""

@@ -9,6 +9,7 @@ The hooks, in the order in which data passes them:
 ==============  =============================================================================
 ``branches``    which extra streams to run beside the user's (a noised image, no image, ...)
 ``prepare``     passes before generation, such as one forward without the image
+``positions``   position ids of the prompt; generated tokens go on from its last one
 ``mask``        which query row may attend to which key column
 ``marks``       a read-only look at a layer's input that marks key columns (sinks)
 ``scores``      attention scores of the steered rows, before the mask and the softmax
@@ -32,6 +33,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
 from vlm_steer.engine.selectors import Selector, check_selector, select
@@ -44,8 +46,10 @@ __all__ = [
     "At",
     "Branch",
     "Columns",
+    "Grid",
     "LogitsAt",
     "Method",
+    "PromptAt",
     "Reference",
     "Rows",
     "Scope",
@@ -141,6 +145,50 @@ def no_logits(hidden: Tensor, *, normed: bool = True) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Grid:
+    """Where each image token of a prompt lies in its image.
+
+    A tile of an image, or a frame of a video, is an image of its own.
+
+    Attributes:
+        image: ``[batch, prompt]`` int64, number of the token's image in its row, -1 for text.
+        shapes: Per row of the batch and image, height and width in tokens; the tokens of an image
+            follow each other line by line.
+    """
+
+    image: Tensor
+    shapes: tuple[tuple[tuple[int, int], ...], ...]
+
+    def spread(self, table: Callable[[int, int], Tensor]) -> Tensor:
+        """``table(height, width)`` of every image, token by token; ``[batch, prompt]``, 0 for text.
+
+        Args:
+            table: Integers ``[height, width]`` for an image of that shape.
+        """
+        known = {shape: table(*shape).flatten() for row in self.shapes for shape in row}
+        values = torch.zeros_like(self.image)
+        if known:
+            cells = torch.cat([known[shape] for row in self.shapes for shape in row])
+            values[self.image >= 0] = cells.to(values)
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class PromptAt:
+    """What the ``positions`` hook sees.
+
+    Attributes:
+        columns: What the tokens of the prompt are, ``[batch, prompt]`` masks.
+        grid: Where its image tokens lie; only for methods with ``needs_grid``.
+        plan: What ``Method.resolve`` returned for this model.
+    """
+
+    columns: Columns
+    grid: Grid | None
+    plan: Any
+
+
+@dataclass(frozen=True, slots=True)
 class At:
     """Where a hook is being called.
 
@@ -156,6 +204,10 @@ class At:
             or ``None`` when it has no such hook.
         plan: What ``Method.resolve`` returned for this model.
         prepared: What ``Method.prepare`` returned for this generation.
+        grid: Where the image tokens of the prompt lie; only for methods with ``needs_grid``.
+        on_rows: Values ``[batch, prompt]`` of the prompt's tokens -> those of the rows at hand,
+            ``[batch, rows]``, 0 for generated tokens.
+        on_keys: The same for the key columns of this layer, ``[batch, key]``.
         once: ``once(name, make)`` returns ``make()`` of the first call in this generation, per
             method, layer and stream.
         seen: In the ``heads`` hook, what the method's own ``look`` hook returned for these rows.
@@ -174,6 +226,9 @@ class At:
     marks: Tensor | None
     plan: Any
     prepared: Any
+    grid: Grid | None
+    on_rows: Callable[[Tensor], Tensor]
+    on_keys: Callable[[Tensor], Tensor]
     once: Callable[[str, Callable[[], Tensor]], Tensor]
     seen: Tensor | None = None
     softmax: Callable[[Tensor], Tensor] = _no_softmax
@@ -265,6 +320,7 @@ class Method(metaclass=_Strict):
         needs_image_tokens: The method needs image tokens in the decoder's own sequence.
         needs_readout: The method calls ``At.to_logits``; a model whose final norm and output head
             cannot be verified is refused. Tapping layers implies it.
+        needs_grid: The method needs to know where image tokens lie in their image.
         observer: The method only reads, so it is never reported as having had no effect.
     """
 
@@ -275,6 +331,7 @@ class Method(metaclass=_Strict):
     attends: ClassVar[Attends] = "self"
     needs_image_tokens: ClassVar[bool] = False
     needs_readout: ClassVar[bool] = False
+    needs_grid: ClassVar[bool] = False
 
     layers: Selector = "all"
     scope: Scope = "positive"
@@ -289,6 +346,8 @@ class Method(metaclass=_Strict):
         """
         if any(self.overrides(hook) for hook in _LAYER_HOOKS):
             return {}
+        if self.overrides("positions"):
+            return {"layers": f"{self.name} acts on positions, which all layers share"}
         reason = f"{self.name} acts on next-token logits, not in layers"
         if self.overrides("select_taps"):
             return {"scope": reason}
@@ -329,6 +388,14 @@ class Method(metaclass=_Strict):
     def prepare(self, reference: Reference) -> Any:
         """Run passes before generation; the result is ``At.prepared``."""
         return None
+
+    def positions(self, positions: Tensor, at: PromptAt) -> Tensor:
+        """``[batch, prompt]`` int64 position ids, 0 for padding; same shape back.
+
+        Called once per generation and stream. A token's position may depend on the tokens before
+        it only, so that a continued conversation keeps those in its cache.
+        """
+        return positions
 
     # -- in every forward -------------------------------------------------------------------
     def mask(self, allowed: Tensor, at: At) -> Tensor:

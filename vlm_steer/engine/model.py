@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlm_steer.engine.active import ACTIVE, AttentionSite, Probe
+from vlm_steer.engine.grid import Geometry, geometry_of
 from vlm_steer.engine.readout import Readout, find_readout
 from vlm_steer.errors import UnsupportedModelError
 
@@ -82,6 +84,20 @@ class ModelInfo:
     def base_implementation(self) -> str:
         """Name of the attention implementation in use."""
         return str(self.configs[0]._attn_implementation)
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        """How its image tokens lie in their image."""
+        return geometry_of(self.model)
+
+    @cached_property
+    def positions(self) -> Literal["rotary", "multi-axis", "other"]:
+        """How the decoder knows the order of its tokens."""
+        if any(hasattr(module, "get_rope_index") for module in self.model.modules()):
+            return "multi-axis"
+        names = [name for name, _ in self.decoder.named_buffers()]
+        accepts = "position_ids" in inspect.signature(self.decoder.forward).parameters
+        return "rotary" if accepts and any(n.endswith("inv_freq") for n in names) else "other"
 
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:
         """``make()``, computed once per model and kept for as long as the model lives."""

@@ -58,6 +58,7 @@ class Plan:
         bounds: The methods that do something, neutral ones left out.
         methods: All methods as configured.
         work: What to do at each attention site that has anything to do.
+        positions: Methods with that hook.
         marks, hidden, mlp: Methods with that hook, by layer.
         taps: Layers whose output at the last row is kept for the ``logits`` hooks.
     """
@@ -66,6 +67,7 @@ class Plan:
     methods: tuple[Method, ...]
     bounds: tuple[Bound, ...]
     work: dict[AttentionSite, Work]
+    positions: tuple[Bound, ...]
     marks: dict[int, tuple[Bound, ...]]
     hidden: dict[int, tuple[Bound, ...]]
     mlp: dict[int, tuple[Bound, ...]]
@@ -121,6 +123,7 @@ def make_plan(methods: Sequence[Method], model: ModelInfo) -> Plan:
         methods=tuple(methods),
         bounds=tuple(bounds),
         work=work,
+        positions=tuple(bound for bound in bounds if bound.method.overrides("positions")),
         marks=_by_layer("marks", bounds),
         hidden=_by_layer("hidden", bounds),
         mlp=_by_layer("mlp", bounds),
@@ -139,6 +142,21 @@ def _check(method: Method, model: ModelInfo) -> None:
     if method.overrides("mlp") and not model.mlps:
         raise UnsupportedModelError(
             f"{method.name} acts on MLPs, but none was found in this model."
+        )
+    if method.needs_grid and (reason := model.geometry.unknown):
+        raise UnsupportedModelError(
+            f"{method.name} needs to know where image tokens lie in their image, but "
+            f"{model.family} does not tell: {reason}. Use a method that needs no image grid."
+        )
+    if method.overrides("positions") and model.positions != "rotary":
+        reason = (
+            "its positions have several axes (M-RoPE), on which an image is short already"
+            if model.positions == "multi-axis"
+            else "it has no rotary positions"
+        )
+        raise UnsupportedModelError(
+            f"{method.name} moves the positions of tokens, but cannot in {model.family}: {reason}. "
+            "Turn this part of the method off, or use another one."
         )
     method.check(model)
 

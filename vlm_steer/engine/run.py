@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vlm_steer.engine.active import ACTIVE, Probe
 from vlm_steer.engine.branches import Backend, Branches, Source
 from vlm_steer.engine.call import Call, Forward, Stream
+from vlm_steer.engine.grid import grids_among
 from vlm_steer.engine.hooks import Columns, LogitsAt, Reference
 from vlm_steer.engine.inputs import mask_of, n_rows, n_tokens, pixel_name, without_image
 from vlm_steer.engine.layout import Layout
@@ -130,7 +131,11 @@ class Run:
 
     # -- opening ------------------------------------------------------------------------------
     def _open(self, owner: nn.Module, kwargs: dict[str, Any]) -> Call:
-        call = Call(self.plan, Stream("positive", self._layout(kwargs)))
+        raw = kwargs if self.source.raw is None else self.source.raw
+        given = raw.get("input_ids", raw.get("inputs", raw.get("inputs_embeds")))
+        copies = n_rows(kwargs) // given.shape[0] if isinstance(given, Tensor) else 1
+        positive = Stream("positive", self._layout(kwargs))
+        call = Call(self.plan, positive, grids_among(raw), max(copies, 1))
         if self._earlier is not None:
             call.positive.marks.update(self._earlier.positive.marks)
         has_image = call.positive.layout.has_image
@@ -181,7 +186,7 @@ class Run:
         stream = Stream("positive", layout, marks=dict(call.positive.marks))
         stream.prepared = call.positive.prepared
         stream.memo = dict(call.positive.memo)
-        return Call(self.plan, stream)
+        return Call(self.plan, stream, grids_among(kwargs))
 
     def _prepare(self, call: Call, owner: nn.Module, kwargs: dict[str, Any], bound: Bound) -> Any:
         def head_outputs_without_image(layers: tuple[int, ...]) -> dict[int, Tensor]:

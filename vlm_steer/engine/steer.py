@@ -22,6 +22,7 @@ from vlm_steer.engine.active import ACTIVE
 from vlm_steer.engine.branches import Backend, Source, intercept, is_capturing
 from vlm_steer.engine.call import Call, Forward
 from vlm_steer.engine.hooks import Method
+from vlm_steer.engine.inputs import token_tensor
 from vlm_steer.engine.model import ModelInfo, inspect_model, unwrap
 from vlm_steer.engine.plan import Bound, Plan, make_plan
 from vlm_steer.engine.run import Run, named_arguments
@@ -350,6 +351,7 @@ class _Installation:
             self._handles.append(
                 self.info.model.register_forward_hook(self._unclose, always_call=True)
             )
+        self._handles.append(self.info.decoder.register_forward_pre_hook(_move, with_kwargs=True))
         for index, layer in self.info.layers.items():
             self._handles += [
                 layer.register_forward_pre_hook(_marker(index), with_kwargs=True),
@@ -492,6 +494,17 @@ class _Installation:
         cache = getattr(output, "past_key_values", None) if cache is None else cache
         if cache is not None:
             self._runs[cache] = run
+
+
+def _move(
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """A hook on the text decoder that lets methods move the positions of tokens."""
+    forward = ACTIVE.get()
+    if not isinstance(forward, Forward) or not forward.call.plan.positions:
+        return None
+    kwargs = named_arguments(decoder, args, kwargs)
+    return (), forward.moved(kwargs, token_tensor(kwargs))
 
 
 def _marker(layer: int) -> Callable[..., None]:

@@ -43,6 +43,7 @@ from vlm_steer.functional.masks import (
     concentric_positions,
     concentric_rings,
     modality_mutual_mask,
+    see_periphery,
 )
 from vlm_steer.functional.noise import (
     diffusion_noise,
@@ -126,6 +127,7 @@ __all__ = [
     "retrace_uncertainty",
     "row_scores",
     "scale_scores",
+    "see_periphery",
     "shuffle_columns",
     "sink_tokens",
     "sink_transfer_scales",

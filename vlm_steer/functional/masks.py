@@ -64,9 +64,28 @@ def concentric_mask(rings: Tensor, images: Tensor, *, mask: Tensor | None = None
     """
     size = rings.shape[-1]
     causal = torch.ones(size, size, dtype=torch.bool, device=rings.device).tril()
-    same_image = (images[:, :, None] == images[:, None, :]) & (images >= 0)[:, :, None]
-    inwards = rings[:, None, :] <= rings[:, :, None]
-    return _hide_padding(torch.where(same_image, inwards, causal), mask)
+    return _hide_padding(see_periphery(causal, (rings, images), (rings, images)), mask)
+
+
+def see_periphery(
+    allowed: Tensor, rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Returns a mask whose rows see, of their own image, their ring and those around it (CCA).
+
+    The rows at hand may be any part of the sequence: `concentric_mask` is this for all of it.
+
+    Args:
+        allowed: bool, broadcastable to `[batch, rows, keys]`; kept outside an image's own tokens.
+        rows: int64 rings and images of the rows, each `[batch, rows]`; images -1 for text.
+        columns: the same of the key columns, each `[batch, keys]`.
+
+    Returns:
+        bool `[batch, rows, keys]`, True where the row may attend the column.
+    """
+    (row_rings, row_images), (key_rings, key_images) = rows, columns
+    same_image = row_images[:, :, None] == key_images[:, None, :]
+    same_image &= (row_images >= 0)[:, :, None]
+    return torch.where(same_image, key_rings[:, None, :] <= row_rings[:, :, None], allowed)
 
 
 def concentric_positions(rings: Tensor, images: Tensor, *, mask: Tensor | None = None) -> Tensor:
