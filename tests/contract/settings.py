@@ -36,6 +36,9 @@ ACTIVE = {
     "m3id": {"method": "m3id", "lam": 0.3, "confidence": 1.0, "beta": 0.1},
     "cca": {"method": "cca"},
     "cca_mask": {"method": "cca", "parts": "mask"},
+    # The tiny models have no tokenizer.
+    "icd": {"method": "icd", "disturbance_ids": [30, 40, 50]},
+    "lqcd": {"method": "lqcd", "leading_ids": [31, 41], "tail": 1},
     "pai+vcd": {"methods": [{"method": "pai", "gamma": 1.0}, {"method": "vcd"}]},
     "var+vhr": {
         "methods": [
@@ -63,6 +66,8 @@ NEUTRAL = {
     "spin": {"method": "spin", "keep_ratio": 1.0},
     "lookback_ratio": {"method": "lookback_ratio"},
     "m3id": {"method": "m3id", "lam": 0.0},
+    "icd": {"method": "icd", "alpha": 0.0, "beta": 0.0},
+    "lqcd": {"method": "lqcd", "alpha": 0.0, "beta": 0.0},
 }
 """Parameters at which a method is the unsteered model. ``mma`` has none: it has no strength."""
 

@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from vlm_steer.engine.active import ACTIVE
 from vlm_steer.engine.call import Call, Forward, Stream
-from vlm_steer.engine.hooks import Branch, Columns
+from vlm_steer.engine.hooks import Branch, Columns, Insertion
 from vlm_steer.engine.inputs import (
     add_rows,
     last_tokens,
@@ -36,6 +36,7 @@ from vlm_steer.engine.inputs import (
 from vlm_steer.engine.layout import Layout
 from vlm_steer.engine.model import kept_module_state
 from vlm_steer.engine.plan import Bound
+from vlm_steer.engine.prompts import edit_of, with_image_instruction, with_insertion
 from vlm_steer.errors import UnsupportedModelError
 
 __all__ = ["Backend", "Branches", "Source", "intercept", "is_capturing"]
@@ -84,7 +85,7 @@ class Source:
         if past > 0:
             return self._capture({})
         cache = kwargs.get("past_key_values")
-        fresh = DynamicCache(config=self._text_config()) if cache is None else copy.deepcopy(cache)
+        fresh = self.empty_cache() if cache is None else copy.deepcopy(cache)
         return {**kwargs, "past_key_values": fresh, "use_cache": True}
 
     def with_pixels(
@@ -106,6 +107,26 @@ class Source:
         if self.raw is None:
             return {**self.whole_prompt(kwargs, past), **changed}
         return self._capture(changed)
+
+    def token_ids(self, prompt: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
+        """``[batch, tokens]`` ids of a prompt, or ``None`` where only embeddings are known."""
+        for given in (prompt.get("input_ids"), (self.raw or {}).get("input_ids")):
+            if isinstance(given, Tensor) and given.shape[1] == shape[1]:
+                return given.repeat_interleave(shape[0] // given.shape[0], dim=0)
+        return None
+
+    def with_image_instruction(self, insertion: Insertion) -> dict[str, Any]:
+        """The same for the user's prompt with other text for a Q-Former."""
+        if self.raw is None or self.raw.get("qformer_input_ids") is None:
+            raise UnsupportedModelError(
+                "a contrast with another instruction for the Q-Former needs qformer_input_ids. "
+                "Pass what the processor returns."
+            )
+        return self._capture(with_image_instruction(self.raw, insertion))
+
+    def empty_cache(self) -> DynamicCache:
+        """An empty cache that grows."""
+        return DynamicCache(config=self._text_config())
 
     def _capture(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """What ``generate`` would hand to its first forward for changed inputs.
@@ -136,7 +157,7 @@ class Source:
         finally:
             _CAPTURING.reset(token)
         if prompt.get("past_key_values") is None:
-            prompt["past_key_values"] = DynamicCache(config=self._text_config())
+            prompt["past_key_values"] = self.empty_cache()
         return {**prompt, "use_cache": True}
 
     def _text_config(self) -> Any:
@@ -244,6 +265,8 @@ class Branches:
             kinds = kinds.gather(1, order) * prompt["attention_mask"].to(kinds.dtype)
         elif branch.pixels is not None:
             prompt = self.source.with_pixels(kwargs, branch.pixels, past)
+        elif branch.insert is not None:
+            prompt, kinds = self._with_text(branch.insert, kwargs, past)
         else:
             prompt = self.source.whole_prompt(kwargs, past)
         mask = mask_of(prompt)
@@ -259,6 +282,20 @@ class Branches:
             has_padding=not bool(mask.all()),
             delta=_position_delta(kwargs, prompt),
         )
+
+    def _with_text(
+        self, insertion: Insertion, kwargs: Mapping[str, Any], past: int
+    ) -> tuple[dict[str, Any], Tensor]:
+        """A prompt with inserted text, and what its tokens are."""
+        kinds = self.call.positive.layout.prompt
+        if insertion.to_vision and self.call.plan.model.has_image_instruction:
+            return self.source.with_image_instruction(insertion), kinds
+        prompt = self.source.whole_prompt(kwargs, past)
+        model = self.call.plan.model
+        ids = self.source.token_ids(prompt, kinds.shape)
+        edit = edit_of(insertion, kinds, ids, model.begin_token_ids)
+        prompt = with_insertion(prompt, edit, model.model.get_input_embeddings())
+        return {**prompt, "past_key_values": self.source.empty_cache()}, edit.kinds
 
     def streams(self) -> tuple[Stream, ...]:
         """The streams of the branches."""

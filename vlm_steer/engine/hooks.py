@@ -47,6 +47,7 @@ __all__ = [
     "Branch",
     "Columns",
     "Grid",
+    "Insertion",
     "LogitsAt",
     "Method",
     "PromptAt",
@@ -64,6 +65,30 @@ Rows: TypeAlias = Literal["last", "after_image", "text", "image", "all"]
 
 
 @dataclass(frozen=True, slots=True)
+class Insertion:
+    """Text that the prompt of a branch has and the user's has not.
+
+    Attributes:
+        text: The text, which needs the model's processor, or its token ids.
+        where: ``instruction`` puts it behind the last image, ``start`` in front of the prompt,
+            ``system`` in place of the text before the first image, ``end`` behind the question.
+        tail: For ``end``, the prompt tokens behind the question; ``None`` measures the chat
+            template of the processor.
+        to_vision: Put it into the instruction that the vision side reads (of a Q-Former), where
+            the model has one, instead of the prompt: in front, at the end, or, with ``system``,
+            in its place.
+        markers: Ids of special tokens, between which and their image nothing is put; added when
+            the method is attached.
+    """
+
+    text: str | tuple[int, ...]
+    where: Literal["instruction", "start", "system", "end"] = "instruction"
+    tail: int | None = None
+    to_vision: bool = False
+    markers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Branch:
     """One extra stream that runs beside the user's.
 
@@ -73,11 +98,13 @@ class Branch:
         pixels: ``pixels(tensor, sizes)`` maps the pixels of the user's images to the branch's;
             ``None`` keeps them. Dimension 0 of the tensor runs over images, or over the patches
             of all images, of which the i-th image has ``sizes[i]``.
+        insert: Text to add to the prompt.
     """
 
     name: str
     drop_image: bool = False
     pixels: Callable[[Tensor, tuple[int, ...] | None], Tensor] | None = None
+    insert: Insertion | None = None
 
 
 class Columns:

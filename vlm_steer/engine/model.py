@@ -5,6 +5,7 @@ them and the image token ids are read off the loaded model.
 """
 
 import inspect
+import re
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -74,6 +75,21 @@ class ModelInfo:
     def has_cross_attention(self) -> bool:
         """Whether image features are keys of cross-attention layers rather than tokens."""
         return any(site.axis == "cross" for site in self.sites.values())
+
+    @property
+    def has_image_instruction(self) -> bool:
+        """Whether the vision side reads an instruction of its own (a Q-Former's)."""
+        return "qformer_input_ids" in inspect.signature(self.model.forward).parameters
+
+    @property
+    def begin_token_ids(self) -> tuple[int, ...]:
+        """Ids with which a prompt begins."""
+        return tuple(sorted(_ids_named(self.model, re.compile("bos_token_id"))))
+
+    @property
+    def special_token_ids(self) -> tuple[int, ...]:
+        """Ids that the configuration names, such as the markers around an image."""
+        return tuple(sorted(_ids_named(self.model, re.compile(r"\w+_(token_id|token_index)"))))
 
     @property
     def text_config(self) -> Any:
@@ -263,6 +279,14 @@ def _owner(model: PreTrainedModel) -> nn.Module:
 
 def _has_head(model: PreTrainedModel) -> bool:
     return model.get_output_embeddings() is not None  # type: ignore[no-untyped-call]
+
+
+def _ids_named(model: PreTrainedModel, names: "re.Pattern[str]") -> set[int]:
+    """Token ids in the configurations of a model under such names."""
+    parts = (model.config, model.config.get_text_config(decoder=True), model.generation_config)
+    values = [v for part in parts for name, v in vars(part).items() if names.fullmatch(name)]
+    listed = [v for value in values for v in (value if isinstance(value, list) else [value])]
+    return {v for v in listed if isinstance(v, int) and v >= 0}
 
 
 def _image_token_ids(model: PreTrainedModel) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 from vlm_steer.engine.active import AttentionSite
 from vlm_steer.engine.hooks import Branch, Method, ToLogits, no_logits
 from vlm_steer.engine.model import ModelInfo
+from vlm_steer.engine.prompts import with_ids
 from vlm_steer.errors import CompositionError, ConfigError, UnsupportedModelError
 
 __all__ = ["Bound", "Plan", "Work", "make_plan"]
@@ -88,13 +89,13 @@ class Plan:
         return any(bound.branches for bound in self.bounds)
 
 
-def make_plan(methods: Sequence[Method], model: ModelInfo) -> Plan:
-    """Resolve methods for a model.
+def make_plan(methods: Sequence[Method], model: ModelInfo, processor: Any = None) -> Plan:
+    """Resolve methods for a model, with its processor where methods bring text of their own.
 
     Raises:
         UnsupportedModelError: A method has no meaning for this model.
         CompositionError: Two methods cannot act together.
-        ConfigError: A selector reaches outside the model.
+        ConfigError: A selector reaches outside the model, or text needs a processor.
     """
     if model.model.training:
         raise UnsupportedModelError(
@@ -112,7 +113,7 @@ def make_plan(methods: Sequence[Method], model: ModelInfo) -> Plan:
         seen[method.name] = method
         _check(method, model)
         if not method.is_neutral():
-            bounds.append(_bind(len(bounds), method, model))
+            bounds.append(_bind(len(bounds), method, model, processor))
     work = {
         site: work
         for site in dict.fromkeys(model.sites.values())
@@ -161,7 +162,7 @@ def _check(method: Method, model: ModelInfo) -> None:
     method.check(model)
 
 
-def _bind(index: int, method: Method, model: ModelInfo) -> Bound:
+def _bind(index: int, method: Method, model: ModelInfo, processor: Any) -> Bound:
     try:
         layers = frozenset(method.select_layers(model))
         taps = method.select_taps(model)
@@ -172,7 +173,7 @@ def _bind(index: int, method: Method, model: ModelInfo) -> Bound:
         method=method,
         layers=layers,
         constants=method.resolve(model),
-        branches=method.branches(),
+        branches=tuple(with_ids(b, method.name, model, processor) for b in method.branches()),
         taps=taps,
         to_logits=_readout(method, model) if taps or method.needs_readout else no_logits,
     )

@@ -38,11 +38,16 @@ class Steering:
     """Interventions on one model: what ``attach`` and ``steer`` return."""
 
     def __init__(
-        self, installation: "_Installation", methods: tuple[Method, ...], backend: Backend
+        self,
+        installation: "_Installation",
+        methods: tuple[Method, ...],
+        backend: Backend,
+        processor: Any = None,
     ):
         self._installation = installation
         self._backend = backend
-        self._plan = make_plan(methods, installation.info)
+        self._processor = processor
+        self._plan = make_plan(methods, installation.info, processor)
         self._last: Call | None = None
         self._outputs: list[tuple[weakref.ref[Any], Call]] = []
         self._effective: set[int] = set()
@@ -97,7 +102,7 @@ class Steering:
             options.setdefault(owners[0].name, {})[name] = value
         for name, values in options.items():
             methods[name] = methods[name].replace(**values)
-        self._plan = make_plan(tuple(methods.values()), self._installation.info)
+        self._plan = make_plan(tuple(methods.values()), self._installation.info, self._processor)
         self._effective.clear()
         self._warned = False
 
@@ -242,7 +247,8 @@ def attach(model: Any, spec: Any, *, processor: Any = None, backend: Backend = "
         model: A transformers vision-language model, or a PEFT model around one.
         spec: ``"var"``, ``"var+vcd"``, a list, a mapping, a YAML path, a method object, or
             ``None`` for none.
-        processor: The model's processor, if at hand: its image token must be the model's.
+        processor: The model's processor, if at hand: its image token must be the model's. Methods
+            that add text to a branch, such as ``icd``, need it.
         backend: How contrast branches run, see ``vlm_steer.engine.branches``.
 
     Raises:
@@ -294,7 +300,7 @@ def _install(
     _check_processor(processor, base)
     with _LOCK:
         installation = _INSTALLED.get(base) or _Installation(inspect_model(base))
-        steering = Steering(installation, methods, backend)
+        steering = Steering(installation, methods, backend, processor)
         installation.add(steering, is_attached=is_attached)
         _INSTALLED[base] = installation
     return steering
