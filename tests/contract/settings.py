@@ -39,6 +39,13 @@ ACTIVE = {
     # The tiny models have no tokenizer.
     "icd": {"method": "icd", "disturbance_ids": [30, 40, 50]},
     "lqcd": {"method": "lqcd", "leading_ids": [31, 41], "tail": 1},
+    "deco+sla+vcd": {
+        "methods": [
+            {"method": "deco", "top_k": None, "top_p": 1.0},
+            {"method": "sla", "norm": True},
+            {"method": "vcd", "alpha": 0.5, "noise_step": 400},
+        ]
+    },
     "pai+vcd": {"methods": [{"method": "pai", "gamma": 1.0}, {"method": "vcd"}]},
     "var+vhr": {
         "methods": [
@@ -64,6 +71,8 @@ NEUTRAL = {
     "var": {"method": "var", "keep": 1.0},
     "vaf": {"method": "vaf", "alpha": 0.0, "beta": 0.0},
     "spin": {"method": "spin", "keep_ratio": 1.0},
+    "deco": {"method": "deco", "alpha": 0.0, "top_p": 1.0, "top_k": None},
+    "sla": {"method": "sla", "gamma": 0.0},
     "lookback_ratio": {"method": "lookback_ratio"},
     "m3id": {"method": "m3id", "lam": 0.0},
     "icd": {"method": "icd", "alpha": 0.0, "beta": 0.0},

@@ -34,6 +34,7 @@ from vlm_steer.functional.heads import (
     vision_aware_heads,
 )
 from vlm_steer.functional.layers import (
+    deco_candidates,
     deco_logits,
     dola_logits,
     early_logit_mix,
@@ -100,6 +101,7 @@ __all__ = [
     "concentric_positions",
     "concentric_rings",
     "contrast_logits",
+    "deco_candidates",
     "deco_logits",
     "decore_logits",
     "diffusion_noise",

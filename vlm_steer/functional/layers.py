@@ -65,15 +65,30 @@ def deco_logits(final: Tensor, early: Tensor, *, alpha: float, top_p: float, top
         Corrected logits, `[batch, vocabulary]`.
     """
     last, before = upcast(final), upcast(early)
-    top = last.softmax(-1).topk(min(top_k, last.shape[-1]), dim=-1)
-    n_before = (top.values.cumsum(-1) < top_p).sum(-1, keepdim=True)
-    rank = torch.arange(top.values.shape[-1], device=last.device)
-    candidates = torch.zeros_like(last, dtype=torch.bool)
-    candidates = candidates.scatter(-1, top.indices, rank <= n_before)
+    candidates = deco_candidates(last, top_p=top_p, top_k=top_k)
     surest = before.softmax(-1).masked_fill(~candidates.unsqueeze(1), 0).amax(-1)
     confidence, layer = surest.max(-1, keepdim=True)
     corrected = last + alpha * confidence * _take_layer(before, layer.squeeze(-1))
     return corrected.masked_fill(~candidates, -torch.inf).to(final.dtype)
+
+
+def deco_candidates(final: Tensor, *, top_p: float, top_k: int) -> Tensor:
+    """Marks the tokens that DeCo chooses among.
+
+    Args:
+        final: logits of the last layer, `[batch, vocabulary]`.
+        top_p: their probabilities end where their sum reaches this; above 0, a bound above 1
+            never ends them.
+        top_k: at most this many, >= 1.
+
+    Returns:
+        bool, shape of `final`. The largest token is always kept.
+    """
+    top = upcast(final).softmax(-1).topk(min(top_k, final.shape[-1]), dim=-1)
+    n_before = (top.values.cumsum(-1) < top_p).sum(-1, keepdim=True)
+    rank = torch.arange(top.values.shape[-1], device=final.device)
+    candidates = torch.zeros_like(final, dtype=torch.bool)
+    return candidates.scatter(-1, top.indices, rank <= n_before)
 
 
 def early_logit_mix(final: Tensor, early: Tensor, *, gamma: float) -> Tensor:
