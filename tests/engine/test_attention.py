@@ -1,5 +1,6 @@
 """Cost and correctness of THE attention function."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vlm_steer
 from tests.contract.settings import ACTIVE
+from tests.contract.test_contract import assert_close, generate, two_rows
 from tests.families import zoo
 from vlm_steer.engine import attention
 from vlm_steer.engine.hooks import At, Method, Rows
@@ -118,14 +120,38 @@ def test_only_the_claimed_rows_change() -> None:
 
 
 def test_an_attention_implementation_that_is_not_supported_is_named() -> None:
-    with pytest.raises(UnsupportedModelError, match="flex_attention"):
-        attention.key_for("flex_attention")
+    with pytest.raises(UnsupportedModelError, match="flash_attention_2"):
+        attention.key_for("flash_attention_2")
+
+
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """Flex attention without its compiler, which not every machine has and tiny heads may break."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("setting", ["pai", "var", "vhr", "mma", "vcd", "lookback_ratio"])
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_flex_attention_is_steered_like_sdpa(name: str, setting: str) -> None:
+    family = zoo.load(name)
+    batch = two_rows(family)
+    with vlm_steer.steer(family.model, ACTIVE[setting]):
+        expected = generate(family, batch)
+    family.model.set_attn_implementation({"text_config": "flex_attention"})
+    base = generate(family, batch)
+    with vlm_steer.steer(family.model, ACTIVE[setting]) as steering:
+        assert steering.status()["attention"] == "flex_attention"
+        assert_close(generate(family, batch), expected)
+    assert torch.equal(generate(family, batch), base)
 
 
 def test_registered_names_bring_their_masks() -> None:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    for implementation in ("sdpa", "eager"):
+    for implementation in ("sdpa", "eager", "flex_attention"):
         key = attention.key_for(implementation)
         assert key in ALL_ATTENTION_FUNCTIONS.valid_keys()
         assert key in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys()

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlm_steer.engine.active import ACTIVE, Probe
-from vlm_steer.engine.call import Forward, Stream, Touch
+from vlm_steer.engine.call import Forward, Mask, Stream, Touch, dense_rows
 from vlm_steer.engine.hooks import At
 from vlm_steer.engine.plan import Bound, Work
 from vlm_steer.errors import UnsupportedModelError
@@ -28,7 +29,11 @@ from vlm_steer.functional.fast import row_scores, weighted_values
 __all__ = ["base_name", "key_for", "steered_attention"]
 
 # transformers sniffs attention names for "flash", "sdpa" and "/", hence the aliases.
-_ALIASES = {"sdpa": "vlm_steer_fused", "eager": "vlm_steer_plain"}
+_ALIASES = {
+    "sdpa": "vlm_steer_fused",
+    "eager": "vlm_steer_plain",
+    "flex_attention": "vlm_steer_blocks",
+}
 _BASES = {alias: base for base, alias in _ALIASES.items()}
 _BLOCK = 64
 _KNOWN_FLOAT_OPTIONS = frozenset({"s_aux"})
@@ -47,7 +52,7 @@ def key_for(implementation: str) -> str:
     if implementation not in _ALIASES:
         raise UnsupportedModelError(
             f"the language model uses attn_implementation={implementation!r}, on which steering "
-            f"is not supported. Load it with attn_implementation='sdpa' or 'eager'."
+            f"is not supported. Load it with {' or '.join(map(repr, _ALIASES))}."
         )
     key = _ALIASES[implementation]
     if key not in ALL_ATTENTION_FUNCTIONS.valid_keys():
@@ -68,7 +73,7 @@ def steered_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Mask | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention with whatever the running call asks for at this module.
@@ -79,7 +84,8 @@ def steered_attention(
         query: ``[batch, heads, rows, head_dim]``.
         key: ``[batch, kv_heads, keys, head_dim]``, cache included.
         value: ``[batch, kv_heads, keys, value_dim]``.
-        attention_mask: ``[batch, 1, rows, keys]`` bool or additive; ``None`` is plain causality.
+        attention_mask: ``[batch, 1, rows, keys]`` bool or additive, or the block mask of
+            flex attention; ``None`` is plain causality.
         **options: What the model passes to its attention function.
 
     Returns:
@@ -156,7 +162,7 @@ class _Rows:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Mask | None,
         options: dict[str, Any],
     ):
         _refuse_unknown(options, module)
@@ -336,8 +342,12 @@ def _edited_heads(forward: Forward, work: Work, outputs: Tensor, seen: _Seen) ->
 
 
 def _edited_mask(
-    forward: Forward, work: Work, query: Tensor, key: Tensor, attention_mask: Tensor | None
-) -> Tensor | None:
+    forward: Forward,
+    work: Work,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Mask | None,
+) -> Mask | None:
     """Apply the ``mask`` hooks; layers that share a mask share the result."""
     length, n_keys = query.shape[2], key.shape[2]
     acting = [
@@ -359,7 +369,10 @@ def _edited_mask(
         if forward.call.is_measured:
             forward.touch(bound, work.site.layer, Touch.of_rows(old, new))
         allowed = _put(allowed, stream.batch, new)
-    if attention_mask is None or attention_mask.dtype == torch.bool:
+    if isinstance(attention_mask, BlockMask):  # flex attention also takes an additive mask
+        closed = torch.finfo(query.dtype).min
+        edited = query.new_zeros(allowed[:, None].shape).masked_fill(~allowed[:, None], closed)
+    elif attention_mask is None or attention_mask.dtype == torch.bool:
         edited = allowed[:, None]
     else:
         closed = torch.finfo(attention_mask.dtype).min
@@ -370,13 +383,15 @@ def _edited_mask(
     return edited
 
 
-def _allowed(query: Tensor, key: Tensor, attention_mask: Tensor | None) -> Tensor:
+def _allowed(query: Tensor, key: Tensor, attention_mask: Mask | None) -> Tensor:
     """``[batch, rows, key]`` bool of an attention mask in any of its forms."""
     batch, length, n_keys = query.shape[0], query.shape[2], key.shape[2]
     if attention_mask is None:
         row = torch.arange(n_keys - length, n_keys, device=query.device)[:, None]
         allowed = torch.arange(n_keys, device=query.device)[None, :] <= row
         return allowed.expand(batch, length, n_keys)
+    if isinstance(attention_mask, BlockMask):
+        attention_mask = dense_rows(attention_mask, 0, length, n_keys)
     mask = attention_mask[:, 0, :, :n_keys]
     if mask.dtype != torch.bool:
         mask = mask > torch.finfo(mask.dtype).min / 2

@@ -7,10 +7,11 @@ or classes. ``vlm_steer.engine.active.ACTIVE`` says which forward is running.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from vlm_steer.engine.active import AttentionSite
 from vlm_steer.engine.grid import grid_of
@@ -18,7 +19,9 @@ from vlm_steer.engine.hooks import At, Columns, Grid, PromptAt, Rows
 from vlm_steer.engine.layout import Layout
 from vlm_steer.engine.plan import Bound, Plan, Work
 
-__all__ = ["Call", "Forward", "Stream", "Touch"]
+Mask: TypeAlias = Tensor | BlockMask
+
+__all__ = ["Call", "Forward", "Mask", "Stream", "Touch", "dense_rows"]
 
 _MEASURED_STEPS = 2
 
@@ -154,9 +157,9 @@ class Forward:
     observed: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     _columns: dict[tuple[str, int, str, torch.device], Columns] = field(default_factory=dict)
     _row_kinds: dict[tuple[str, int, int, torch.device], Tensor] = field(default_factory=dict)
-    _closed: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _closed: dict[tuple[int, int, int], tuple[Mask, Tensor]] = field(default_factory=dict)
     _is_row: dict[tuple[str, Rows, int, int, torch.device], Tensor] = field(default_factory=dict)
-    masks: dict[tuple[int, int, tuple[int, ...]], tuple[Tensor | None, Tensor]] = field(
+    masks: dict[tuple[int, int, tuple[int, ...]], tuple[Mask | None, Tensor]] = field(
         default_factory=dict
     )
 
@@ -210,7 +213,7 @@ class Forward:
             ),
         )
 
-    def closed(self, mask: Tensor, start: int, stop: int, n_keys: int) -> Tensor:
+    def closed(self, mask: Mask, start: int, stop: int, n_keys: int) -> Tensor:
         """The part of an attention mask for a block of rows; layers share masks and results.
 
         Returns:
@@ -218,7 +221,10 @@ class Forward:
         """
         key = (id(mask), start, stop)
         if key not in self._closed:
-            block = mask[:, :, start:stop, :n_keys]
+            if isinstance(mask, BlockMask):
+                block = dense_rows(mask, start, stop, n_keys)
+            else:
+                block = mask[:, :, start:stop, :n_keys]
             block = ~block if block.dtype == torch.bool else _in_float32(block)
             self._closed[key] = (mask, block)  # holding the mask keeps its id its own
         return self._closed[key][1]
@@ -443,6 +449,16 @@ def _in_float32(mask: Tensor) -> Tensor:
     """An additive mask whose closed columns are the most negative number of float32, too."""
     is_closed = mask <= torch.finfo(mask.dtype).min / 2
     return mask.float().masked_fill(is_closed, torch.finfo(torch.float32).min)
+
+
+def dense_rows(mask: BlockMask, start: int, stop: int, n_keys: int) -> Tensor:
+    """Some rows of a block mask, ``[batch, 1, rows, key]`` bool."""
+
+    def shifted(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return mask.mask_mod(batch, head, row + start, column)
+
+    device = str(mask.kv_num_blocks.device)
+    return create_mask(shifted, mask.shape[0], 1, stop - start, n_keys, device=device)
 
 
 def _fit(marks: Tensor, n_keys: int, total: int) -> Tensor:
