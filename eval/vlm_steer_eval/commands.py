@@ -1,4 +1,4 @@
-"""The commands of the harness: `eval BENCHMARK`, `score BENCHMARK` and `demo`.
+"""The commands of the harness: `eval BENCHMARK`, `score BENCHMARK`, `compare` and `demo`.
 
 Nothing heavy is imported until a command runs, so that help is instant.
 """
@@ -10,6 +10,7 @@ import typer
 
 from vlm_steer.commands.options import Seed
 
+from .command_compare import compare
 from .command_eval import eval_chair, eval_pope
 from .command_options import (
     EmbeddedScenes,
@@ -78,6 +79,11 @@ def register(app: typer.Typer) -> None:
     )(score_beaf)
     app.add_typer(evaluate, name="eval")
     app.add_typer(score, name="score")
+    app.command(
+        "compare",
+        epilog="Example: vlm-steer compare runs/chair runs/chair_beams --trivial "
+        "chair_beams/none --output out",
+    )(compare)
     app.command("demo", epilog="Example: vlm-steer demo --output demo")(demo)
 
 

@@ -12,10 +12,13 @@ from vlm_steer.report import (
     Gallery,
     MarkedText,
     Paragraphs,
+    Point,
     Report,
     Sample,
     Span,
+    Step,
     Table,
+    frontier_chart,
     interval_chart,
     render_html,
     thumbnail,
@@ -41,9 +44,18 @@ def test_everything_shown_is_escaped():
         Gallery(NASTY, [sample], NASTY),
         Paragraphs(NASTY, [NASTY]),
         Chart(NASTY, interval_chart({NASTY: [Estimate(NASTY, 1, 0, 2)]}), NASTY),
+        Chart(
+            NASTY,
+            frontier_chart(
+                (NASTY, NASTY),
+                [Step(1, 2, 1, 3)],
+                [Point(NASTY, 1, 2)],
+                [Point(NASTY, 2, 1, "good")],
+            ),
+        ),
     )
     assert "<script" not in html
-    assert html.count("<svg") == 1
+    assert html.count("<svg") == 2
 
 
 def test_a_page_needs_no_network_and_no_script():

@@ -13,7 +13,7 @@ from vlm_steer.report.html import (
     render_html,
     thumbnail,
 )
-from vlm_steer.report.plots import Estimate, interval_chart
+from vlm_steer.report.plots import Estimate, Point, Step, frontier_chart, interval_chart
 
 __all__ = [
     "Block",
@@ -22,10 +22,13 @@ __all__ = [
     "Gallery",
     "MarkedText",
     "Paragraphs",
+    "Point",
     "Report",
     "Sample",
     "Span",
+    "Step",
     "Table",
+    "frontier_chart",
     "interval_chart",
     "render_html",
     "thumbnail",
