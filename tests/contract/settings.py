@@ -31,6 +31,13 @@ ACTIVE = {
     "vaf_heads": {"method": "vaf", "magnitude": True, "head_share": 0.5, "layers": "all"},
     "vaf+vcd": {"methods": [{"method": "vaf", "scope": "all"}, {"method": "vcd"}]},
     "spin_logits": {"method": "spin", "keep_ratio": 0.5, "score": "logit_sum"},
+    "paint_heads": {"method": "paint", "head_modulation": "sensitivity"},
+    "paint+pai": {
+        "methods": [
+            {"method": "paint", "scope": "all"},
+            {"method": "pai", "alpha": 0.0, "gamma": 1.5},
+        ]
+    },
     "lookback_ratio": {"method": "lookback_ratio"},
     # Tiny random models are never as unsure as the gate asks, and only a few tokens are generated.
     "m3id": {"method": "m3id", "lam": 0.3, "confidence": 1.0, "beta": 0.1},
@@ -73,6 +80,7 @@ NEUTRAL = {
     "spin": {"method": "spin", "keep_ratio": 1.0},
     "deco": {"method": "deco", "alpha": 0.0, "top_p": 1.0, "top_k": None},
     "sla": {"method": "sla", "gamma": 0.0},
+    "paint": {"method": "paint", "alpha": 0.0, "beta": 0.0},
     "lookback_ratio": {"method": "lookback_ratio"},
     "m3id": {"method": "m3id", "lam": 0.0},
     "icd": {"method": "icd", "alpha": 0.0, "beta": 0.0},
@@ -87,6 +95,16 @@ REFUSALS = {
     ("mllama", "vaf_heads"): "cross-attention",
     ("mllama", "spin"): "cross-attention",
     ("mllama", "var+spin"): "cross-attention",
+} | {
+    (family, setting): reason
+    for setting in ("paint", "paint_heads", "paint+pai")
+    for family, reason in {
+        "mllama": "cross-attention",
+        "instructblip": "learned queries",
+        "mistral3": "no fixed grid",
+        **dict.fromkeys(("llava_next", "llava_onevision"), "newline tokens"),
+        **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "image_grid_thw"),
+    }.items()
 }
 """(family, setting) refused at attach, with a word of the reason. Reviewed: add with care."""
 

@@ -45,6 +45,7 @@ class LargestTensor(TorchDispatchMode):
         "mma",
         "vaf",
         "spin",
+        "paint",
         "cca",
         "lookback_ratio",
     ],
@@ -57,7 +58,7 @@ def test_no_tensor_of_a_long_prefill_has_heads_times_sequence_squared_entries(
         vision_config=CLIPVisionConfig(
             hidden_size=8,
             intermediate_size=8,
-            num_hidden_layers=1,
+            num_hidden_layers=2,
             num_attention_heads=1,
             image_size=2 * side,
             patch_size=2,

@@ -306,10 +306,18 @@ class Reference:
         head_outputs_without_image: ``f(layers)`` runs the prompt once with its image tokens
             removed and every intervention off, and returns ``{layer: [batch, heads, head_dim]}``,
             the per-head outputs before the output projection at the last prompt row.
+        image_attention: ``f(layers)`` encodes the images once more and returns, for each of these
+            layers of the vision encoder (negative ones count from its last), the attention that
+            image tokens receive there: ``[images, heads, tokens]``, from the class token, or on
+            average from all patches in encoders without one.
+        on_image_tokens: ``f(values)`` puts ``[images, tokens]``, one value per image token, at the
+            image tokens of the prompt: ``[batch, prompt]``, zero or ``False`` elsewhere.
         layers: The layers this method acts on.
     """
 
     head_outputs_without_image: Callable[[tuple[int, ...]], dict[int, Tensor]]
+    image_attention: Callable[[tuple[int, ...]], tuple[Tensor, ...]]
+    on_image_tokens: Callable[[Tensor], Tensor]
     layers: tuple[int, ...]
 
 

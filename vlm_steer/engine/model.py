@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from vlm_steer.engine.active import ACTIVE, AttentionSite, Probe
 from vlm_steer.engine.grid import Geometry, geometry_of
 from vlm_steer.engine.readout import Readout, find_readout
+from vlm_steer.engine.vision import why_no_image_attention
 from vlm_steer.errors import UnsupportedModelError
 
 _REMEMBERED: "weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Any]]" = (
@@ -95,6 +96,11 @@ class ModelInfo:
     def text_config(self) -> Any:
         """Configuration of the text decoder."""
         return self.model.config.get_text_config(decoder=True)
+
+    @property
+    def why_no_image_attention(self) -> str | None:
+        """Why ``Reference.image_attention`` cannot work here, or ``None`` when it should."""
+        return self.geometry.unknown or why_no_image_attention(self.model)
 
     @property
     def base_implementation(self) -> str:

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from vlm_steer.engine.inputs import mask_of, n_rows, n_tokens, pixel_name, witho
 from vlm_steer.engine.layout import Layout
 from vlm_steer.engine.model import kept_module_state
 from vlm_steer.engine.plan import Bound, Plan
+from vlm_steer.engine.vision import image_attention
 from vlm_steer.errors import UnsupportedModelError
 
 __all__ = ["Run", "named_arguments"]
@@ -202,7 +204,17 @@ class Run:
                 ACTIVE.reset(token)
             return probe.outputs
 
-        reference = Reference(head_outputs_without_image, tuple(sorted(bound.layers)))
+        def seen_by_encoder(layers: tuple[int, ...]) -> tuple[Tensor, ...]:
+            given = kwargs if self.source.raw is None else self.source.raw
+            with kept_module_state(self.source.model):
+                return image_attention(self.source.model, given, layers)
+
+        reference = Reference(
+            head_outputs_without_image=head_outputs_without_image,
+            image_attention=seen_by_encoder,
+            on_image_tokens=partial(_on_image_tokens, Columns(call.positive.layout.prompt)),
+            layers=tuple(sorted(bound.layers)),
+        )
         return bound.method.prepare(reference)
 
     def _watch(self, cache: Any) -> None:
@@ -292,6 +304,22 @@ def _moved(call: Call, bound: Bound, before: Tensor, after: Tensor, kept: Tensor
         after = after.masked_fill(~kept, torch.finfo(after.dtype).min)
     moved = (after.softmax(dim=-1) - before.softmax(dim=-1)).abs().sum(dim=-1).mean() / 2
     return call.moved.get(bound.index, torch.zeros_like(moved)) + moved
+
+
+def _on_image_tokens(columns: Columns, values: Tensor) -> Tensor:
+    """``[images, tokens]`` at the image tokens of a prompt, whose rows may be repeated as beams."""
+    is_image = columns.is_image
+    rows, found = is_image.shape[0], int(is_image.sum())
+    copies = found // values.numel() if values.numel() else 0
+    if copies == 0 or copies * values.numel() != found or rows % copies:
+        raise UnsupportedModelError(
+            f"the images passed make {values.numel()} image tokens, but the prompt holds {found}. "
+            "Pass the pixel_values of all images, for a continued conversation those of all turns."
+        )
+    is_image = is_image[::copies]
+    placed = values.new_zeros(is_image.shape, device=is_image.device)
+    placed[is_image] = values.flatten().to(is_image.device)
+    return placed.repeat_interleave(copies, dim=0)
 
 
 def _repeat_to(tensor: Any, rows: int) -> Any:

@@ -32,6 +32,7 @@ from vlm_steer.functional.heads import (
     image_heads,
     spin_gate,
     vision_aware_heads,
+    visual_sensitivity,
 )
 from vlm_steer.functional.layers import (
     deco_candidates,
@@ -139,6 +140,7 @@ __all__ = [
     "transfer_scales",
     "vdgd_logits",
     "vision_aware_heads",
+    "visual_sensitivity",
     "vsv_shift",
     "vti_shift",
     "weighted_values",

@@ -7,7 +7,7 @@ from vlm_steer.errors import DataError
 from vlm_steer.functional._numeric import is_open, masked_sum, safe_divide, upcast
 
 
-def boost_scores(scores: Tensor, visual: Tensor, *, alpha: float) -> Tensor:
+def boost_scores(scores: Tensor, visual: Tensor, *, alpha: float | Tensor) -> Tensor:
     """Amplifies the scores of the image columns in the direction of attention (PAI).
 
     `z_j + alpha * |z_j|` for j in the image, `z_j` elsewhere (arXiv 2407.21771): positive
@@ -16,7 +16,8 @@ def boost_scores(scores: Tensor, visual: Tensor, *, alpha: float) -> Tensor:
     Args:
         scores: pre-softmax scores of the steered rows, `[batch, heads, query, key]` float.
         visual: bool `[batch, key]`, columns to raise.
-        alpha: strength; 0 is identity, bitwise (authors: 0.2 to 0.6). Below 0 the columns lose.
+        alpha: strength, a number or broadcastable to the scores; 0 is identity, bitwise (authors:
+            0.2 to 0.6). Below 0 the columns lose.
 
     Returns:
         New scores, shape and dtype of `scores`.

@@ -1,4 +1,4 @@
-"""Choosing heads: vision-aware ones (VHR, VAF) and ones to suppress (SPIN)."""
+"""Choosing heads: vision-aware ones (VHR, VAF, PAINT) and ones to suppress (SPIN)."""
 
 import math
 from typing import Literal, NamedTuple
@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from vlm_steer.functional._numeric import is_open, masked_sum, upcast
+from vlm_steer.functional._numeric import is_open, masked_sum, safe_divide, upcast
 
 
 class VisionAwareHeads(NamedTuple):
@@ -105,3 +105,21 @@ def image_heads(weights: Tensor, visual: Tensor, *, share: float) -> Tensor:
     n_marked = math.ceil(share * mass.shape[1])
     order = mass.sort(dim=1, descending=True, stable=True).indices
     return torch.zeros_like(mass, dtype=torch.bool).scatter(1, order[:, :n_marked], True)
+
+
+def visual_sensitivity(weights: Tensor, visual: Tensor) -> Tensor:
+    """Returns how much each head attends to the image, relative to the heads of its layer (PAINT).
+
+    `m_h / mean_h(m_h)` with m_h the attention mass of head h on the image; 1 for every head of a
+    row that sees no image. The mean over heads is 1, so a strength multiplied by it is dealt out
+    anew and not raised. Our reading of the abstract of arXiv 2501.12206.
+
+    Args:
+        weights: post-softmax attention, `[batch, heads, query, key]` float.
+        visual: bool `[batch, key]`.
+
+    Returns:
+        fp32 `[batch, heads, query]`, >= 0.
+    """
+    mass = masked_sum(upcast(weights), visual[:, None, None, :])
+    return safe_divide(mass, mass.mean(1, keepdim=True), otherwise=1.0)

@@ -140,6 +140,9 @@ class Sham(Method):
         chosen = (self._seats(at) < _SHARE) & ~at.columns.is_padding
         return F.move_to_columns(weights, chosen, moved)
 
+    def look(self, scores: Tensor, weights: Tensor, at: At) -> Tensor:
+        return self.imitated.look(scores, weights, at)
+
     def heads(self, outputs: Tensor, at: At) -> Tensor:
         new, old = self.imitated.heads(outputs, at).float(), outputs.float()
         gain = (new * old).sum(dim=-1) / old.square().sum(dim=-1).clamp(min=_TINY)
