@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -369,9 +369,9 @@ def _edited_mask(
         if forward.call.is_measured:
             forward.touch(bound, work.site.layer, Touch.of_rows(old, new))
         allowed = _put(allowed, stream.batch, new)
-    if isinstance(attention_mask, BlockMask):  # flex attention also takes an additive mask
-        closed = torch.finfo(query.dtype).min
-        edited = query.new_zeros(allowed[:, None].shape).masked_fill(~allowed[:, None], closed)
+    edited: Mask
+    if isinstance(attention_mask, BlockMask):
+        edited = _block_mask(allowed)
     elif attention_mask is None or attention_mask.dtype == torch.bool:
         edited = allowed[:, None]
     else:
@@ -381,6 +381,16 @@ def _edited_mask(
         edited = torch.where(allowed[:, None], opened, torch.full_like(opened, closed))
     forward.masks[name] = (attention_mask, edited)  # holding the mask keeps its id its own
     return edited
+
+
+def _block_mask(allowed: Tensor) -> BlockMask:
+    """The block mask of flex attention for ``[batch, rows, key]`` bool."""
+
+    def is_allowed(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return allowed[batch, row, column]
+
+    batch, rows, keys = allowed.shape
+    return create_block_mask(is_allowed, batch, None, rows, keys, device=str(allowed.device))
 
 
 def _allowed(query: Tensor, key: Tensor, attention_mask: Mask | None) -> Tensor:

@@ -159,7 +159,7 @@ class Forward:
     _row_kinds: dict[tuple[str, int, int, torch.device], Tensor] = field(default_factory=dict)
     _closed: dict[tuple[int, int, int], tuple[Mask, Tensor]] = field(default_factory=dict)
     _is_row: dict[tuple[str, Rows, int, int, torch.device], Tensor] = field(default_factory=dict)
-    masks: dict[tuple[int, int, tuple[int, ...]], tuple[Mask | None, Tensor]] = field(
+    masks: dict[tuple[int, int, tuple[int, ...]], tuple[Mask | None, Mask]] = field(
         default_factory=dict
     )
 
