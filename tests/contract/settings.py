@@ -38,6 +38,8 @@ ACTIVE = {
             {"method": "pai", "alpha": 0.0, "gamma": 1.5},
         ]
     },
+    # How unsure a random model is depends on its family; near a threshold, rounding would decide.
+    "memvr": {"method": "memvr", "alpha": 0.3, "threshold": 0.05, "layers": "all"},
     "lookback_ratio": {"method": "lookback_ratio"},
     # Tiny random models are never as unsure as the gate asks, and only a few tokens are generated.
     "m3id": {"method": "m3id", "lam": 0.3, "confidence": 1.0, "beta": 0.1},
@@ -81,6 +83,7 @@ NEUTRAL = {
     "deco": {"method": "deco", "alpha": 0.0, "top_p": 1.0, "top_k": None},
     "sla": {"method": "sla", "gamma": 0.0},
     "paint": {"method": "paint", "alpha": 0.0, "beta": 0.0},
+    "memvr": {"method": "memvr", "alpha": 0.0},
     "lookback_ratio": {"method": "lookback_ratio"},
     "m3id": {"method": "m3id", "lam": 0.0},
     "icd": {"method": "icd", "alpha": 0.0, "beta": 0.0},
@@ -94,6 +97,7 @@ REFUSALS = {
     ("mllama", "var+vhr"): "cross-attention",
     ("mllama", "vaf_heads"): "cross-attention",
     ("mllama", "spin"): "cross-attention",
+    ("mllama", "memvr"): "cross-attention",
     ("mllama", "var+spin"): "cross-attention",
 } | {
     (family, setting): reason

@@ -20,6 +20,7 @@ _HOOKS = (
     "positions",
     "mask",
     "marks",
+    "carry",
     "scores",
     "weights",
     "heads",

@@ -5,9 +5,9 @@ or classes. ``vlm_steer.engine.active.ACTIVE`` says which forward is running.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from vlm_steer.engine.grid import grid_of
 from vlm_steer.engine.hooks import At, Columns, Grid, PromptAt, Rows
 from vlm_steer.engine.layout import Layout
 from vlm_steer.engine.plan import Bound, Plan, Work
+from vlm_steer.errors import UnsupportedModelError
 
 Mask: TypeAlias = Tensor | BlockMask
 
@@ -39,6 +40,12 @@ class Stream:
     taps: dict[int, Tensor] = field(default_factory=dict)
     grid: Grid | None = None
     shift: Tensor | None = None
+    image_features: Tensor | None = None
+
+    def inherit(self, earlier: "Stream") -> None:
+        """Take over what was learnt about the tokens that an earlier generation put in a cache."""
+        self.marks.update(earlier.marks)
+        self.image_features = earlier.image_features
 
     def tapped(self, layers: Iterable[int]) -> Tensor:
         """States of the last row after each of the layers, ``[batch, layers, hidden]``.
@@ -159,6 +166,7 @@ class Forward:
     _row_kinds: dict[tuple[str, int, int, torch.device], Tensor] = field(default_factory=dict)
     _closed: dict[tuple[int, int, int], tuple[Mask, Tensor]] = field(default_factory=dict)
     _is_row: dict[tuple[str, Rows, int, int, torch.device], Tensor] = field(default_factory=dict)
+    _carried: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     masks: dict[tuple[int, int, tuple[int, ...]], tuple[Mask | None, Mask]] = field(
         default_factory=dict
     )
@@ -325,6 +333,10 @@ class Forward:
             on_keys=partial(_fit, n_keys=columns.kinds.shape[1], total=self.total),
             once=once,
             to_logits=bound.to_logits,
+            prompt_rows=min(max(stream.layout.prompt_length - self.past, rows[0]), rows[1])
+            - rows[0],
+            carried=self._carried.get((bound.index, stream.name)),
+            image_features=self._image_features(bound, stream, device),
         )
 
     def _on_rows(self, rows: tuple[int, int], values: Tensor) -> Tensor:
@@ -401,7 +413,7 @@ class Forward:
         """Let methods mark positions from a layer's input ``[batch, rows, hidden]``."""
         if self.is_decoding:
             return
-        for bound, stream in self.acting(self.call.plan.marks[layer]):
+        for bound, stream in self.acting(self.call.plan.marks.get(layer, ())):
             columns = self.no_columns(stream, hidden.device)
             at = self.at(bound, stream, layer, (0, self.length), columns)
             is_prompt = at.row_kinds
@@ -419,14 +431,66 @@ class Forward:
                 # A copy: a view would keep the whole prompt's states alive.
                 stream.taps[layer] = hidden[stream.batch, -1].clone()
 
-    def edit(self, hook: str, layer: int, bounds: Iterable[Bound], tensor: Tensor) -> Tensor:
-        """Apply ``hidden`` or ``mlp`` hooks to ``[batch, rows, hidden]``."""
+    def carry(self, layer: int, hidden: Tensor) -> None:
+        """Let methods hand on a state, given a layer's input ``[batch, rows, hidden]``."""
+        for bound, stream in self.acting(self.call.plan.carry.get(layer, ())):
+            key = (bound.index, stream.name)
+            before = self._carried.get(key)
+            if before is not None:
+                before = before.to(hidden.device)
+            columns = self.no_columns(stream, hidden.device)
+            at = self.at(bound, stream, layer, (0, self.length), columns)
+            self._carried[key] = bound.method.carry(hidden[stream.batch], before, at)
+
+    def see_images(self, embeds: Tensor | None) -> None:
+        """Keep the image tokens among the decoder's inputs ``[batch, rows, hidden]``."""
+        if self.is_decoding:
+            return
+        for stream in self.streams:
+            new = None
+            if embeds is not None:
+                is_image = Columns(stream.layout.prompt[:, self.past :]).is_image
+                new = _packed(embeds[stream.batch], is_image.to(embeds.device))
+            old = stream.image_features if self.past > 0 else None
+            if old is None and bool(Columns(stream.layout.prompt[:, : self.past]).is_image.any()):
+                raise UnsupportedModelError(
+                    "a method needs the image's embeddings, but this generation continues a cache "
+                    "that holds the image and was not filled under this steering. Start the "
+                    "conversation under steering, or generate from the whole prompt."
+                )
+            parts = [part for part in (old, new) if part is not None and part.shape[1] > 0]
+            stream.image_features = torch.cat(parts, dim=1) if parts else None
+
+    def _image_features(self, bound: Bound, stream: Stream, device: torch.device) -> Tensor | None:
+        if not bound.method.needs_image_features or stream.image_features is None:
+            return None
+        return stream.image_features.to(device)
+
+    def edit(
+        self,
+        hook: Literal["hidden", "mlp"],
+        layer: int,
+        bounds: Iterable[Bound],
+        tensor: Tensor,
+        given: Tensor | None = None,
+    ) -> Tensor:
+        """Apply ``hidden`` or ``mlp`` hooks to ``[batch, rows, hidden]``.
+
+        Args:
+            hook: Which.
+            layer: Of which layer.
+            bounds: The methods that have it there.
+            tensor: Output of the layer or of its MLP.
+            given: What the MLP was given.
+        """
         for bound, stream in self.acting(bounds):
             start = self.first_row([bound])
             if start == self.length:
                 continue
             columns = self.no_columns(stream, tensor.device)
             at = self.at(bound, stream, layer, (start, self.length), columns)
+            if given is not None:
+                at = replace(at, mlp_input=given[stream.batch, start:])
             old = tensor[stream.batch, start:]
             new = getattr(bound.method, hook)(old, at).to(tensor.dtype)
             if not self.every_row_changes(bound.method.rows):
@@ -459,6 +523,14 @@ def dense_rows(mask: BlockMask, start: int, stop: int, n_keys: int) -> Tensor:
 
     device = str(mask.kv_num_blocks.device)
     return create_mask(shifted, mask.shape[0], 1, stop - start, n_keys, device=device)
+
+
+def _packed(embeds: Tensor, chosen: Tensor) -> Tensor:
+    """The chosen tokens of ``[batch, rows, hidden]``, moved to the front and padded with zeros."""
+    order = chosen.int().argsort(dim=1, descending=True, stable=True)
+    order = order[:, : int(chosen.sum(dim=1).max())]
+    packed = embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[-1]))
+    return packed.masked_fill(~chosen.gather(1, order)[..., None], 0)
 
 
 def _fit(marks: Tensor, n_keys: int, total: int) -> Tensor:

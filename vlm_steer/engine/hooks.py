@@ -12,6 +12,7 @@ The hooks, in the order in which data passes them:
 ``positions``   position ids of the prompt; generated tokens go on from its last one
 ``mask``        which query row may attend to which key column
 ``marks``       a read-only look at a layer's input that marks key columns (sinks)
+``carry``       a read-only look at a layer's input that hands a state on from layer to layer
 ``scores``      attention scores of the steered rows, before the mask and the softmax
 ``weights``     attention weights of the steered rows, after the softmax
 ``look``        a read-only look at the attention of the steered rows, for ``heads`` to use
@@ -242,6 +243,13 @@ class At:
             of the rows at hand become under their mask.
         to_logits: The model's own final norm and output head. For methods that set
             ``needs_readout``.
+        prompt_rows: How many of the rows at hand belong to the prompt; they come first. Without a
+            cache the prompt and all generated tokens pass together.
+        carried: What the method's own ``carry`` hook returned at this layer.
+        mlp_input: In the ``mlp`` hook, what the MLP was given, ``[batch, rows, hidden]``.
+        image_features: ``[batch, image_tokens, hidden]``, the embeddings of the image tokens as
+            they enter the decoder, shorter rows filled up with zeros. For methods that set
+            ``needs_image_features``; ``None`` where the prompt holds no image.
     """
 
     layer: int
@@ -260,6 +268,10 @@ class At:
     seen: Tensor | None = None
     softmax: Callable[[Tensor], Tensor] = _no_softmax
     to_logits: ToLogits = no_logits
+    prompt_rows: int = 0
+    carried: Tensor | None = None
+    mlp_input: Tensor | None = None
+    image_features: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,7 +333,18 @@ class Reference:
     layers: tuple[int, ...]
 
 
-_LAYER_HOOKS = ("mask", "marks", "scores", "weights", "look", "heads", "mlp", "hidden", "observe")
+_LAYER_HOOKS = (
+    "mask",
+    "marks",
+    "carry",
+    "scores",
+    "weights",
+    "look",
+    "heads",
+    "mlp",
+    "hidden",
+    "observe",
+)
 
 
 class _Strict(type):
@@ -355,6 +378,7 @@ class Method(metaclass=_Strict):
         needs_image_tokens: The method needs image tokens in the decoder's own sequence.
         needs_readout: The method calls ``At.to_logits``; a model whose final norm and output head
             cannot be verified is refused. Tapping layers implies it.
+        needs_image_features: The method reads ``At.image_features``.
         needs_grid: The method needs to know where image tokens lie in their image.
         observer: The method only reads, so it is never reported as having had no effect.
     """
@@ -367,6 +391,7 @@ class Method(metaclass=_Strict):
     needs_image_tokens: ClassVar[bool] = False
     needs_readout: ClassVar[bool] = False
     needs_grid: ClassVar[bool] = False
+    needs_image_features: ClassVar[bool] = False
 
     layers: Selector = "all"
     scope: Scope = "positive"
@@ -439,6 +464,17 @@ class Method(metaclass=_Strict):
 
     def marks(self, hidden: Tensor, at: At) -> Tensor:
         """``[batch, rows, hidden]`` layer input of prompt tokens -> ``[batch, rows]`` bool."""
+        raise NotImplementedError
+
+    def carry(self, hidden: Tensor, carried: Tensor | None, at: At) -> Tensor:
+        """What later hooks of this layer, and this hook at the method's next layer, should know.
+
+        Args:
+            hidden: ``[batch, rows, hidden]`` input of the layer, every row of the pass.
+            carried: What this hook returned at the method's layer before, in this pass; ``None``
+                at the first.
+            at: The view.
+        """
         raise NotImplementedError
 
     def scores(self, scores: Tensor, at: At) -> Tensor:

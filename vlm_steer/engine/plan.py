@@ -60,7 +60,7 @@ class Plan:
         methods: All methods as configured.
         work: What to do at each attention site that has anything to do.
         positions: Methods with that hook.
-        marks, hidden, mlp: Methods with that hook, by layer.
+        marks, carry, hidden, mlp: Methods with that hook, by layer.
         taps: Layers whose output at the last row is kept for the ``logits`` hooks.
     """
 
@@ -70,6 +70,7 @@ class Plan:
     work: dict[AttentionSite, Work]
     positions: tuple[Bound, ...]
     marks: dict[int, tuple[Bound, ...]]
+    carry: dict[int, tuple[Bound, ...]]
     hidden: dict[int, tuple[Bound, ...]]
     mlp: dict[int, tuple[Bound, ...]]
     taps: frozenset[int] = frozenset()
@@ -82,6 +83,11 @@ class Plan:
     def acts_on_logits(self) -> bool:
         """Whether any method changes next-token logits."""
         return bool(self.with_hook("logits") or self.with_hook("plausible"))
+
+    @property
+    def needs_image_features(self) -> bool:
+        """Whether any method reads the embeddings of the image tokens."""
+        return any(bound.method.needs_image_features for bound in self.bounds)
 
     @property
     def has_branches(self) -> bool:
@@ -126,6 +132,7 @@ def make_plan(methods: Sequence[Method], model: ModelInfo, processor: Any = None
         work=work,
         positions=tuple(bound for bound in bounds if bound.method.overrides("positions")),
         marks=_by_layer("marks", bounds),
+        carry=_by_layer("carry", bounds),
         hidden=_by_layer("hidden", bounds),
         mlp=_by_layer("mlp", bounds),
         taps=_tapped_layers(bounds, model),

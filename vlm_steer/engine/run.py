@@ -139,7 +139,7 @@ class Run:
         positive = Stream("positive", self._layout(kwargs))
         call = Call(self.plan, positive, grids_among(raw), max(copies, 1))
         if self._earlier is not None:
-            call.positive.marks.update(self._earlier.positive.marks)
+            call.positive.inherit(self._earlier.positive)
         has_image = call.positive.layout.has_image
         if has_image:
             for bound in self.plan.with_hook("prepare"):
@@ -185,7 +185,8 @@ class Run:
         else:
             kinds[kinds == Columns.GENERATED] = Columns.SYSTEM
         layout = Layout.from_kinds(torch.cat([kinds, added.to(kinds.dtype)], dim=1))
-        stream = Stream("positive", layout, marks=dict(call.positive.marks))
+        stream = Stream("positive", layout)
+        stream.inherit(call.positive)
         stream.prepared = call.positive.prepared
         stream.memo = dict(call.positive.memo)
         return Call(self.plan, stream, grids_among(kwargs))

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -357,7 +357,9 @@ class _Installation:
             self._handles.append(
                 self.info.model.register_forward_hook(self._unclose, always_call=True)
             )
-        self._handles.append(self.info.decoder.register_forward_pre_hook(_move, with_kwargs=True))
+        for look in (_see_images, _move):
+            hook = self.info.decoder.register_forward_pre_hook(look, with_kwargs=True)
+            self._handles.append(hook)
         for index, layer in self.info.layers.items():
             self._handles += [
                 layer.register_forward_pre_hook(_marker(index), with_kwargs=True),
@@ -502,6 +504,16 @@ class _Installation:
             self._runs[cache] = run
 
 
+def _see_images(
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """A hook on the text decoder that keeps the embeddings of image tokens."""
+    forward = ACTIVE.get()
+    if isinstance(forward, Forward) and forward.call.plan.needs_image_features:
+        forward.see_images(named_arguments(decoder, args, kwargs).get("inputs_embeds"))
+    return None
+
+
 def _move(
     decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -514,19 +526,22 @@ def _move(
 
 
 def _marker(layer: int) -> Callable[..., None]:
-    """A hook on a decoder layer's input that lets methods mark key columns."""
+    """A hook on a decoder layer's input that lets methods mark key columns and carry a state."""
 
     def mark(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         forward = ACTIVE.get()
-        if not isinstance(forward, Forward) or layer not in forward.call.plan.marks:
+        if not isinstance(forward, Forward):
             return
-        hidden = args[0] if args else kwargs["hidden_states"]
-        forward.mark(layer, hidden)
+        plan = forward.call.plan
+        if layer in plan.marks or layer in plan.carry:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            forward.mark(layer, hidden)
+            forward.carry(layer, hidden)
 
     return mark
 
 
-def _editor(hook: str, layer: int) -> Callable[..., Any]:
+def _editor(hook: Literal["hidden", "mlp"], layer: int) -> Callable[..., Any]:
     """A hook on the output of a decoder layer or of its MLP."""
 
     def edit(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -536,9 +551,10 @@ def _editor(hook: str, layer: int) -> Callable[..., Any]:
         bounds = getattr(forward.call.plan, hook).get(layer)
         if bounds is None:
             return None
+        given = args[0] if args and hook == "mlp" else None
         if isinstance(output, tuple):
-            return (forward.edit(hook, layer, bounds, output[0]), *output[1:])
-        return forward.edit(hook, layer, bounds, output)
+            return (forward.edit(hook, layer, bounds, output[0], given), *output[1:])
+        return forward.edit(hook, layer, bounds, output, given)
 
     return edit
 

@@ -98,6 +98,16 @@ class Sham(Method):
         """Whether the imitated method needs image tokens."""
         return self.imitated.needs_image_tokens
 
+    @property
+    def needs_image_features(self) -> bool:  # type: ignore[override]
+        """Whether the imitated method reads the embeddings of the image tokens."""
+        return self.imitated.needs_image_features
+
+    @property
+    def needs_readout(self) -> bool:  # type: ignore[override]
+        """Whether the imitated method reads logits off early layers."""
+        return self.imitated.needs_readout
+
     def ignored_options(self) -> dict[str, str]:
         reason = "the imitated method says where it acts; write it under of"
         return {"layers": reason, "scope": reason}
@@ -125,6 +135,9 @@ class Sham(Method):
 
     def marks(self, hidden: Tensor, at: At) -> Tensor:
         return self.imitated.marks(hidden, at)
+
+    def carry(self, hidden: Tensor, carried: Tensor | None, at: At) -> Tensor:
+        return self.imitated.carry(hidden, carried, at)
 
     def mask(self, allowed: Tensor, at: At) -> Tensor:
         new = self.imitated.mask(allowed, at)
