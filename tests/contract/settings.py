@@ -40,6 +40,8 @@ ACTIVE = {
     },
     # How unsure a random model is depends on its family; near a threshold, rounding would decide.
     "memvr": {"method": "memvr", "alpha": 0.3, "threshold": 0.05, "layers": "all"},
+    "knockout_image": {"method": "knockout", "queries": ["image"], "keys": ["system", "image"]},
+    "knockout+vcd": {"methods": [{"method": "knockout", "layers": [1, 3]}, {"method": "vcd"}]},
     "lookback_ratio": {"method": "lookback_ratio"},
     # Tiny random models are never as unsure as the gate asks, and only a few tokens are generated.
     "m3id": {"method": "m3id", "lam": 0.3, "confidence": 1.0, "beta": 0.1},
@@ -84,6 +86,7 @@ NEUTRAL = {
     "sla": {"method": "sla", "gamma": 0.0},
     "paint": {"method": "paint", "alpha": 0.0, "beta": 0.0},
     "memvr": {"method": "memvr", "alpha": 0.0},
+    "knockout": {"method": "knockout", "queries": []},
     "lookback_ratio": {"method": "lookback_ratio"},
     "m3id": {"method": "m3id", "lam": 0.0},
     "icd": {"method": "icd", "alpha": 0.0, "beta": 0.0},
@@ -99,6 +102,7 @@ REFUSALS = {
     ("mllama", "spin"): "cross-attention",
     ("mllama", "memvr"): "cross-attention",
     ("mllama", "var+spin"): "cross-attention",
+    ("mllama", "knockout_image"): "cross-attention",
 } | {
     (family, setting): reason
     for setting in ("paint", "paint_heads", "paint+pai")

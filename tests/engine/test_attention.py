@@ -46,6 +46,7 @@ class LargestTensor(TorchDispatchMode):
         "vaf",
         "spin",
         "paint",
+        "knockout",
         "cca",
         "lookback_ratio",
     ],
@@ -93,7 +94,7 @@ def test_no_tensor_of_a_long_prefill_has_heads_times_sequence_squared_entries(
         model(input_ids=ids, pixel_values=pixels, logits_to_keep=1)
     assert setting == "lookback_ratio" or steering.effect()[setting]["layers"]
     # A mask may be held once for all heads; everything else stays linear in the prompt.
-    edits_mask = setting in ("mma", "cca")
+    edits_mask = setting in ("mma", "cca", "knockout")
     assert largest.numel <= (length * length if edits_mask else 64 * heads * length)
 
 

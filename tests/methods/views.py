@@ -25,6 +25,7 @@ def view(kinds: list[int], rows: int = 1, **fields: object) -> At:
         "grid": None,
         "on_rows": lambda values: values[:, len(kinds) - rows : len(kinds)],
         "on_keys": lambda values: values,
+        "is_own": lambda: torch.eye(len(kinds), dtype=torch.bool)[len(kinds) - rows :],
         "once": lambda name, make: make(),
         "softmax": plain_softmax,
     }

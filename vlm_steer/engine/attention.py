@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlm_steer.engine.active import ACTIVE, Probe
-from vlm_steer.engine.call import Forward, Mask, Stream, Touch, dense_rows
+from vlm_steer.engine.call import EditedMask, Forward, Mask, Stream, Touch, dense_rows
 from vlm_steer.engine.hooks import At
 from vlm_steer.engine.plan import Bound, Work
 from vlm_steer.errors import UnsupportedModelError
@@ -103,8 +103,9 @@ def steered_attention(
     work = forward.work(site)
     if work is None:
         return base(query, key, value, attention_mask)
+    is_blind = None
     if work.mask:
-        attention_mask = _edited_mask(forward, work, query, key, attention_mask)
+        _, attention_mask, is_blind = _edited_mask(forward, work, query, key, attention_mask)
     extra, seen = None, _Seen()
     if work.needs_rows:
         rows = _Rows(forward, work, module, query, key, value, attention_mask, options)
@@ -116,6 +117,8 @@ def steered_attention(
         seen = rows.seen
     else:
         outputs, extra = base(query, key, value, attention_mask)
+    if is_blind is not None:
+        outputs = outputs.masked_fill(is_blind[:, :, None, None], 0)
     if work.heads:
         outputs = _edited_heads(forward, work, outputs, seen)
     return outputs, extra
@@ -347,8 +350,9 @@ def _edited_mask(
     query: Tensor,
     key: Tensor,
     attention_mask: Mask | None,
-) -> Mask | None:
+) -> EditedMask:
     """Apply the ``mask`` hooks; layers that share a mask share the result."""
+    axis = work.site.axis
     length, n_keys = query.shape[2], key.shape[2]
     acting = [
         (bound, stream)
@@ -356,19 +360,27 @@ def _edited_mask(
         if forward.first_row([bound]) < length
     ]
     if not acting:
-        return attention_mask
-    name = (id(attention_mask), n_keys, tuple(bound.index for bound, _ in acting))
+        return EditedMask(attention_mask, attention_mask)
+    name = (id(attention_mask), axis, n_keys, tuple(bound.index for bound, _ in acting))
     if name in forward.masks:
-        return forward.masks[name][1]
-    allowed = _allowed(query, key, attention_mask)
+        return forward.masks[name]
+    allowed = _allowed(query, key, attention_mask, axis)
+    is_even = is_blind = None
+    if axis == "cross":
+        # Rows that a cross-attention mask closes altogether attend evenly to every column.
+        is_even = ~allowed.any(dim=-1, keepdim=True)
+        allowed = allowed | is_even
     for bound, stream in acting:
-        columns = forward.columns(stream, n_keys, work.site.axis, query.device)
+        columns = forward.columns(stream, n_keys, axis, query.device)
         at = forward.at(bound, stream, work.site.layer, (0, length), columns)
         old = allowed[stream.batch]
         new = torch.where(at.is_row[:, :, None], bound.method.mask(old, at), old)
         if forward.call.is_measured:
             forward.touch(bound, work.site.layer, Touch.of_rows(old, new))
         allowed = _put(allowed, stream.batch, new)
+    if is_even is not None:
+        is_blind = ~allowed.any(dim=-1)
+        allowed = allowed & ~is_even
     edited: Mask
     if isinstance(attention_mask, BlockMask):
         edited = _block_mask(allowed)
@@ -379,8 +391,8 @@ def _edited_mask(
         open_before = attention_mask > closed / 2
         opened = torch.where(open_before, attention_mask, torch.zeros_like(attention_mask))
         edited = torch.where(allowed[:, None], opened, torch.full_like(opened, closed))
-    forward.masks[name] = (attention_mask, edited)  # holding the mask keeps its id its own
-    return edited
+    forward.masks[name] = EditedMask(attention_mask, edited, is_blind)
+    return forward.masks[name]
 
 
 def _block_mask(allowed: Tensor) -> BlockMask:
@@ -393,9 +405,13 @@ def _block_mask(allowed: Tensor) -> BlockMask:
     return create_block_mask(is_allowed, batch, None, rows, keys, device=str(allowed.device))
 
 
-def _allowed(query: Tensor, key: Tensor, attention_mask: Mask | None) -> Tensor:
+def _allowed(
+    query: Tensor, key: Tensor, attention_mask: Mask | None, axis: Literal["self", "cross"]
+) -> Tensor:
     """``[batch, rows, key]`` bool of an attention mask in any of its forms."""
     batch, length, n_keys = query.shape[0], query.shape[2], key.shape[2]
+    if attention_mask is None and axis == "cross":
+        return torch.ones((batch, length, n_keys), dtype=torch.bool, device=query.device)
     if attention_mask is None:
         row = torch.arange(n_keys - length, n_keys, device=query.device)[:, None]
         allowed = torch.arange(n_keys, device=query.device)[None, :] <= row

@@ -7,7 +7,7 @@ or classes. ``vlm_steer.engine.active.ACTIVE`` says which forward is running.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +114,21 @@ class Acting:
     replaces_rows: bool
 
 
+class EditedMask(NamedTuple):
+    """What the ``mask`` hooks made of an attention mask.
+
+    Attributes:
+        given: The model's own; holding it keeps its id its own.
+        mask: The one to use.
+        is_blind: ``[batch, rows]`` rows of cross-attention for which every column was closed;
+            ``None`` in self-attention.
+    """
+
+    given: Mask | None
+    mask: Mask | None
+    is_blind: Tensor | None = None
+
+
 class Touch:
     """What one method changed at one layer: ``[rows, heads, mass]`` sums over a forward."""
 
@@ -167,9 +182,7 @@ class Forward:
     _closed: dict[tuple[int, int, int], tuple[Mask, Tensor]] = field(default_factory=dict)
     _is_row: dict[tuple[str, Rows, int, int, torch.device], Tensor] = field(default_factory=dict)
     _carried: dict[tuple[int, str], Tensor] = field(default_factory=dict)
-    masks: dict[tuple[int, int, tuple[int, ...]], tuple[Mask | None, Mask]] = field(
-        default_factory=dict
-    )
+    masks: dict[tuple[object, ...], "EditedMask"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for stream in self.streams:
@@ -254,7 +267,9 @@ class Forward:
             first = 0
         return min(max(first - self.past, 0), self.length)
 
-    def columns(self, stream: Stream, n_keys: int, axis: str, device: torch.device) -> Columns:
+    def columns(
+        self, stream: Stream, n_keys: int, axis: Literal["self", "cross"], device: torch.device
+    ) -> Columns:
         """Key columns of a layer for one stream, on the device of that layer."""
         key = (stream.name, n_keys, axis, device)
         if key not in self._columns:
@@ -263,7 +278,7 @@ class Forward:
                 kinds = stream.layout.kinds.new_full((rows, n_keys), Columns.IMAGE)
             else:
                 kinds = stream.layout.keys(n_keys, self.total)
-            self._columns[key] = Columns(kinds.to(device))
+            self._columns[key] = Columns(kinds.to(device), axis)
         return self._columns[key]
 
     def is_row(
@@ -331,6 +346,7 @@ class Forward:
             grid=self.grid(bound, stream),
             on_rows=partial(self._on_rows, rows),
             on_keys=partial(_fit, n_keys=columns.kinds.shape[1], total=self.total),
+            is_own=partial(self._is_own, rows, columns),
             once=once,
             to_logits=bound.to_logits,
             prompt_rows=min(max(stream.layout.prompt_length - self.past, rows[0]), rows[1])
@@ -343,6 +359,15 @@ class Forward:
         missing = max(self.total - values.shape[1], 0)
         values = torch.nn.functional.pad(values, (0, missing))
         return values[:, self.past + rows[0] : self.past + rows[1]]
+
+    def _is_own(self, rows: tuple[int, int], columns: Columns) -> Tensor:
+        n_keys, device = columns.kinds.shape[1], columns.kinds.device
+        # A sliding window holds the last columns, a static cache has empty ones behind.
+        first = self.past + rows[0] - max(self.total - n_keys, 0)
+        row = torch.arange(first, first + rows[1] - rows[0], device=device)[:, None]
+        if columns.axis == "cross":
+            return torch.zeros((row.shape[0], n_keys), dtype=torch.bool, device=device)
+        return torch.arange(n_keys, device=device)[None, :] == row
 
     def grid(self, bound: Bound, stream: Stream) -> Grid | None:
         """Where the image tokens of a stream's prompt lie, for methods that ask for it."""

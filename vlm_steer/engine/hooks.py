@@ -10,7 +10,8 @@ The hooks, in the order in which data passes them:
 ``branches``    which extra streams to run beside the user's (a noised image, no image, ...)
 ``prepare``     passes before generation, such as one forward without the image
 ``positions``   position ids of the prompt; generated tokens go on from its last one
-``mask``        which query row may attend to which key column
+``mask``        which query row may attend to which key column; a row of cross-attention that may
+                attend to nothing any more gets nothing, zeros
 ``marks``       a read-only look at a layer's input that marks key columns (sinks)
 ``carry``       a read-only look at a layer's input that hands a state on from layer to layer
 ``scores``      attention scores of the steered rows, before the mask and the softmax
@@ -113,12 +114,18 @@ class Columns:
 
     Image tokens of several images are a union. Left padding, empty slots of a static cache and
     columns that a sliding window has dropped are all ``is_padding`` or absent.
+
+    Attributes:
+        kinds: ``[batch, key]`` codes.
+        axis: ``self`` when the columns are the decoder's own tokens, ``cross`` when they are image
+            features on an axis of their own.
     """
 
     PADDING, SYSTEM, IMAGE, INSTRUCTION, GENERATED = range(5)
 
-    def __init__(self, kinds: Tensor):
+    def __init__(self, kinds: Tensor, axis: Literal["self", "cross"] = "self"):
         self.kinds = kinds
+        self.axis = axis
 
     @cached_property
     def is_padding(self) -> Tensor:
@@ -236,6 +243,8 @@ class At:
         on_rows: Values ``[batch, prompt]`` of the prompt's tokens -> those of the rows at hand,
             ``[batch, rows]``, 0 for generated tokens.
         on_keys: The same for the key columns of this layer, ``[batch, key]``.
+        is_own: ``is_own()`` is ``[rows, key]``, ``True`` where the column is the row's own token,
+            nowhere in cross-attention.
         once: ``once(name, make)`` returns ``make()`` of the first call in this generation, per
             method, layer and stream.
         seen: In the ``heads`` hook, what the method's own ``look`` hook returned for these rows.
@@ -264,6 +273,7 @@ class At:
     grid: Grid | None
     on_rows: Callable[[Tensor], Tensor]
     on_keys: Callable[[Tensor], Tensor]
+    is_own: Callable[[], Tensor]
     once: Callable[[str, Callable[[], Tensor]], Tensor]
     seen: Tensor | None = None
     softmax: Callable[[Tensor], Tensor] = _no_softmax

@@ -44,6 +44,7 @@ from vlm_steer.functional.masks import (
     concentric_mask,
     concentric_positions,
     concentric_rings,
+    knockout_mask,
     modality_mutual_mask,
     see_periphery,
 )
@@ -114,6 +115,7 @@ __all__ = [
     "grouped_values",
     "guidance_logits",
     "image_heads",
+    "knockout_mask",
     "laplacian_eigenvalues",
     "least_attended_tokens",
     "lookback_ratio",

@@ -1,4 +1,4 @@
-"""Who may see whom: attention masks and the geometry behind them (MMA, CCA)."""
+"""Who may see whom: attention masks and the geometry behind them (MMA, CCA, knockout)."""
 
 import torch
 from torch import Tensor
@@ -24,6 +24,24 @@ def modality_mutual_mask(visual: Tensor, question: Tensor, *, mask: Tensor | Non
     causal = torch.ones(size, size, dtype=torch.bool, device=visual.device).tril()
     allowed = causal | (visual[:, :, None] & question[:, None, :])
     return _hide_padding(allowed, mask)
+
+
+def knockout_mask(allowed: Tensor, rows: Tensor, columns: Tensor, *, own: Tensor) -> Tensor:
+    """Closes some columns to some rows (attention knockout).
+
+    `M_ij = False` for i in rows and j in columns (arXiv 2304.14767), except that a token keeps
+    seeing itself, so that no row of self-attention is left with nothing.
+
+    Args:
+        allowed: bool `[batch, query, key]`, True where the row may attend the column.
+        rows: bool `[batch, query]`, rows that lose their view.
+        columns: bool `[batch, key]`, columns that they lose.
+        own: bool `[query, key]`, True where the column is the row's own token.
+
+    Returns:
+        bool `[batch, query, key]`.
+    """
+    return allowed & ~(rows[:, :, None] & columns[:, None, :] & ~own)
 
 
 def concentric_rings(height: int, width: int, *, device: torch.device | None = None) -> Tensor:
