@@ -6,7 +6,6 @@ calls the implementation that the model used before, for all rows, and recompute
 blocks of at most ``_BLOCK`` rows: no tensor is ever ``[batch, heads, sequence, sequence]``.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -22,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from vlm_steer.engine.active import ACTIVE, Probe
 from vlm_steer.engine.call import EditedMask, Forward, Mask, Stream, Touch, dense_rows
 from vlm_steer.engine.hooks import At
+from vlm_steer.engine.model import KNOWN_SCORE_OPTIONS, eager_function
 from vlm_steer.engine.plan import Bound, Work
 from vlm_steer.errors import UnsupportedModelError
 from vlm_steer.functional.fast import row_scores, weighted_values
@@ -36,7 +36,6 @@ _ALIASES = {
 }
 _BASES = {alias: base for base, alias in _ALIASES.items()}
 _BLOCK = 64
-_KNOWN_FLOAT_OPTIONS = frozenset({"s_aux"})
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -128,10 +127,9 @@ def _base_function(implementation: str, module: nn.Module) -> AttentionFunction:
     if implementation != "eager":
         function: AttentionFunction = ALL_ATTENTION_FUNCTIONS[implementation]
         return function
-    for cls in type(module).__mro__:
-        eager = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
-        if eager is not None:
-            return eager  # type: ignore[no-any-return]
+    eager = eager_function(type(module))
+    if eager is not None:
+        return eager
     raise UnsupportedModelError(
         f"{type(module).__name__} has no eager attention function beside it. Load the model with "
         "attn_implementation='sdpa'."
@@ -218,6 +216,8 @@ class _Rows:
         scores = row_scores(self.query[:, :, start:stop], self.key, scale=self.scale)
         if (cap := self.options.get("softcap")) is not None:
             scores = torch.tanh(scores / cap) * cap
+        if (bias := self.options.get("position_bias")) is not None:
+            scores = scores + bias[:, :, start:stop, : self.n_keys].float()
         closed = self._closed(start, stop)
         measured = self.forward.call.is_measured
         for bound, stream in self.acting.scores:
@@ -226,10 +226,14 @@ class _Rows:
             at = replace(self._at(bound, stream, rows), softmax=softmax)
             new = self._keep_other_rows(bound, stream, rows, old, bound.method.scores(old, at))
             if measured:
-                before, after = (self._softmax(s, closed, stream.batch) for s in (old, new))
+                before, after = (self._softmax(s, closed, stream.batch, rows) for s in (old, new))
                 self.forward.touch(bound, self.layer, Touch.of_weights(before, after))
             scores = _put(scores, stream.batch, new)
-        weights = self._softmax(scores, closed, slice(None))
+        weights = self._softmax(scores, closed, slice(None), rows)
+        # What a sink that is no token takes stays out of the hooks' reach: their rows sum to 1.
+        has_sink = bool(self.acting.weights) and self._has_sink
+        mass = weights.sum(dim=-1, keepdim=True) if has_sink else None
+        weights = weights if mass is None else weights / mass
         for bound, stream in self.acting.weights:
             old = weights[stream.batch]
             new = self._keep_other_rows(
@@ -238,6 +242,7 @@ class _Rows:
             if measured:
                 self.forward.touch(bound, self.layer, Touch.of_weights(old, new))
             weights = _put(weights, stream.batch, new)
+        weights = weights if mass is None else weights * mass
         if self.acting.look:
             self._look(self._masked(scores, closed, slice(None)), weights, rows)
         return weights
@@ -271,13 +276,26 @@ class _Rows:
             return scores.masked_fill(closed, torch.finfo(scores.dtype).min)
         return scores + closed
 
-    def _softmax(self, scores: Tensor, closed: Tensor | None, batch: slice) -> Tensor:
+    def _softmax(
+        self, scores: Tensor, closed: Tensor | None, batch: slice, rows: tuple[int, int]
+    ) -> Tensor:
         scores = self._masked(scores, closed, batch)
-        sinks = self.options.get("s_aux")
-        if sinks is None:
+        extra = self._sink_scores(batch, rows)
+        if extra is None:
             return scores.softmax(dim=-1)
-        extra = sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        extra = extra.float().expand(*scores.shape[:3], 1)
         return torch.cat([scores, extra], dim=-1).softmax(dim=-1)[..., :-1]
+
+    @property
+    def _has_sink(self) -> bool:
+        return any(self.options.get(name) is not None for name in ("s_aux", "sinks"))
+
+    def _sink_scores(self, batch: slice, rows: tuple[int, int]) -> Tensor | None:
+        """Scores of an attention sink that is no token: per head, or per row and head."""
+        if (per_head := self.options.get("s_aux")) is not None:
+            return per_head.reshape(1, -1, 1, 1)  # type: ignore[no-any-return]
+        per_row = self.options.get("sinks")
+        return None if per_row is None else per_row[batch, :, slice(*rows)]
 
     def _at(self, bound: Bound, stream: Stream, rows: tuple[int, int]) -> At:
         columns = self.forward.columns(stream, self.n_keys, self.axis, self.query.device)
@@ -425,12 +443,17 @@ def _allowed(
 
 
 def _refuse_unknown(options: dict[str, Any], module: nn.Module) -> None:
-    """An option that would change the scores and that we would drop must not pass silently."""
+    """An option that would change the scores and that we would drop must not pass silently.
+
+    What the eager function beside the module takes was looked at when attaching.
+    """
+    if eager_function(type(module)) is not None:
+        return
     for name, value in options.items():
         if (
             isinstance(value, Tensor)
             and value.is_floating_point()
-            and name not in _KNOWN_FLOAT_OPTIONS
+            and name not in KNOWN_SCORE_OPTIONS
         ):
             raise UnsupportedModelError(
                 f"{type(module).__name__} passes {name!r} to its attention, whose meaning the "

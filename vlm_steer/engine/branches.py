@@ -29,7 +29,7 @@ from vlm_steer.engine.inputs import (
     n_rows,
     n_tokens,
     patches_per_image,
-    pixel_name,
+    pixel_names,
     token_tensor,
     without_image,
 )
@@ -96,14 +96,14 @@ class Source:
     ) -> dict[str, Any]:
         """The same for the user's prompt with other pixels."""
         given = kwargs if self.raw is None else self.raw
-        name = pixel_name(given)
-        if name is None:
+        names = pixel_names(given)
+        if not names:
             raise UnsupportedModelError(
                 "a contrast with a changed image needs the raw pixels, but they were not passed "
                 f"(given: {', '.join(sorted(k for k, v in given.items() if v is not None))}). "
                 "Pass pixel_values, for a continued conversation those of all its images."
             )
-        changed = {name: change(given[name], patches_per_image(given, given[name]))}
+        changed = {name: _changed(given[name], given, change) for name in names}
         if self.raw is None:
             return {**self.whole_prompt(kwargs, past), **changed}
         return self._capture(changed)
@@ -446,7 +446,17 @@ class Branches:
     def release(self, cache: Any) -> None:
         """Leave only the user's rows in the user's cache."""
         if self.is_paired and cache is not None:
-            cache.batch_select_indices(torch.arange(self._rows))
+            cache.reorder_cache(torch.arange(self._rows))  # not every layer can select rows
+
+
+def _changed(
+    pixels: Any,
+    given: Mapping[str, Any],
+    change: Callable[[Tensor, tuple[int, ...] | None], Tensor],
+) -> Any:
+    if isinstance(pixels, list | tuple):
+        return [_changed(image, given, change) for image in pixels]
+    return change(pixels, patches_per_image(given, pixels))
 
 
 def _has_rows(value: Any, rows: int) -> bool:

@@ -17,6 +17,7 @@ from vlm_steer.engine.active import AttentionSite
 from vlm_steer.engine.grid import grid_of
 from vlm_steer.engine.hooks import At, Columns, Grid, PromptAt, Rows
 from vlm_steer.engine.layout import Layout
+from vlm_steer.engine.model import one_stream
 from vlm_steer.engine.plan import Bound, Plan, Work
 from vlm_steer.errors import UnsupportedModelError
 
@@ -438,6 +439,7 @@ class Forward:
         """Let methods mark positions from a layer's input ``[batch, rows, hidden]``."""
         if self.is_decoding:
             return
+        hidden = one_stream(hidden)
         for bound, stream in self.acting(self.call.plan.marks.get(layer, ())):
             columns = self.no_columns(stream, hidden.device)
             at = self.at(bound, stream, layer, (0, self.length), columns)
@@ -454,10 +456,11 @@ class Forward:
         if layer in self.call.plan.taps:
             for stream in self.streams:
                 # A copy: a view would keep the whole prompt's states alive.
-                stream.taps[layer] = hidden[stream.batch, -1].clone()
+                stream.taps[layer] = one_stream(hidden)[stream.batch, -1].clone()
 
     def carry(self, layer: int, hidden: Tensor) -> None:
         """Let methods hand on a state, given a layer's input ``[batch, rows, hidden]``."""
+        hidden = one_stream(hidden)
         for bound, stream in self.acting(self.call.plan.carry.get(layer, ())):
             key = (bound.index, stream.name)
             before = self._carried.get(key)
@@ -501,6 +504,9 @@ class Forward:
     ) -> Tensor:
         """Apply ``hidden`` or ``mlp`` hooks to ``[batch, rows, hidden]``.
 
+        Some MLPs flatten batch and rows, and some residuals run in several streams,
+        ``[batch, rows, n, hidden]``, which are edited one by one.
+
         Args:
             hook: Which.
             layer: Of which layer.
@@ -508,6 +514,15 @@ class Forward:
             tensor: Output of the layer or of its MLP.
             given: What the MLP was given.
         """
+        if tensor.ndim == 2:
+            flat = tensor.shape
+            tensor = tensor.reshape(-1, self.length, flat[-1])
+            if given is not None:
+                given = given.reshape(*tensor.shape[:2], -1)
+            return self.edit(hook, layer, bounds, tensor, given).reshape(flat)
+        if tensor.ndim == 4:
+            parts = [self.edit(hook, layer, bounds, part, given) for part in tensor.unbind(dim=2)]
+            return torch.stack(parts, dim=2)
         for bound, stream in self.acting(bounds):
             start = self.first_row([bound])
             if start == self.length:

@@ -1,10 +1,11 @@
 """Pure operations on the keyword arguments of a model's forward.
 
 Families differ in what they pass (token types, grids, tile counts, encoded images, ...). These
-functions tell arguments apart by shape, not by family: a tensor whose first two dimensions are
-``[batch, tokens]`` goes along with the tokens.
+functions tell arguments apart by shape and by the words in their names, not by family: a tensor
+whose first two dimensions are ``[batch, tokens]`` goes along with the tokens.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,19 +15,24 @@ from torch import Tensor
 __all__ = [
     "add_rows",
     "is_per_token",
+    "is_place_mask",
     "last_tokens",
     "mask_of",
     "n_rows",
     "n_tokens",
     "patches_per_image",
-    "pixel_name",
+    "pixel_names",
+    "place_mask",
     "token_tensor",
     "without_image",
 ]
 
-_PIXEL_NAMES = ("pixel_values", "pixel_values_images", "image_patches", "pixel_values_videos")
+_PIXELS = re.compile(r"pixel_values|(image|flattened|vision)_patches|images|image_inputs|frames")
+_PLACES = re.compile(r"(image|images|vision|visual)_\w*(position|seq|token)\w*_mask")
 _IMAGE_WORDS = (
     "pixel",
+    "patch",
+    "vision",
     "image",
     "video",
     "mm_encoder",
@@ -55,20 +61,42 @@ def n_rows(kwargs: Mapping[str, Any]) -> int:
     return token_tensor(kwargs).shape[0]
 
 
-def pixel_name(kwargs: Mapping[str, Any]) -> str | None:
-    """Name of the argument that holds raw pixels, or ``None``."""
-    return next((name for name in _PIXEL_NAMES if kwargs.get(name) is not None), None)
+def pixel_names(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the arguments that hold raw pixels: one, or several views of the same images."""
+    return tuple(
+        name
+        for name, value in kwargs.items()
+        if _PIXELS.search(name) and all(_is_floating(v) for v in _as_list(value))
+    )
+
+
+def _as_list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) and value else [value]
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def patches_per_image(kwargs: Mapping[str, Any], pixels: Tensor) -> tuple[int, ...] | None:
     """How many entries of a patchified pixel tensor belong to each image; ``None`` otherwise."""
-    for name in ("image_grid_thw", "video_grid_thw"):
-        grid = kwargs.get(name)
-        if isinstance(grid, Tensor):
+    for name, grid in kwargs.items():
+        if "grid" in name and isinstance(grid, Tensor) and grid.ndim == 2:
             sizes = tuple(int(size) for size in grid.prod(dim=-1).tolist())
             if sum(sizes) == pixels.shape[0]:
                 return sizes
     return None
+
+
+def is_place_mask(name: str) -> bool:
+    """Whether an argument says which tokens are image tokens, going by its name."""
+    return _PLACES.fullmatch(name) is not None
+
+
+def place_mask(kwargs: Mapping[str, Any]) -> Tensor | None:
+    """``[batch, tokens]`` bool, the image tokens, for models that are told so; else ``None``."""
+    masks = [value for name, value in kwargs.items() if is_place_mask(name)]
+    return next((m.bool() for m in masks if isinstance(m, Tensor) and m.ndim == 2), None)
 
 
 def mask_of(kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -107,11 +135,13 @@ def without_image(kwargs: Mapping[str, Any], is_kept: Tensor) -> dict[str, Any]:
     for name, value in kwargs.items():
         if name in ("attention_mask", "position_ids", "cache_position"):
             continue
-        if is_per_token(name, value, rows, tokens) and "cross_attention" not in name:
+        if _is_of_image(name):
+            continue
+        if is_per_token(name, value, rows, tokens):
             index = order.reshape(rows, length, *[1] * (value.ndim - 2))
             value = value.gather(1, index.expand(rows, length, *value.shape[2:]))
             kept[name] = _fill(name, value, mask)
-        elif not any(word in name for word in _IMAGE_WORDS):
+        elif not isinstance(value, Tensor) or value.ndim == 0:
             kept[name] = value
     kept["attention_mask"] = mask.long()
     positions = kwargs.get("position_ids")
@@ -135,7 +165,7 @@ def last_tokens(
             continue
         if is_per_token(name, value, rows, tokens):
             step[name] = value[:, -new:]
-        elif is_cross_mask or not any(word in name for word in _IMAGE_WORDS):
+        elif is_cross_mask or not _is_of_image(name):
             step[name] = value
     return step
 
@@ -174,6 +204,10 @@ def add_rows(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     if "attention_mask" not in joined:
         joined["attention_mask"] = _join_masks(parts, length)
     return joined
+
+
+def _is_of_image(name: str) -> bool:
+    return any(word in name for word in _IMAGE_WORDS)
 
 
 def _fill(name: str, value: Tensor, is_token: Tensor) -> Tensor:
@@ -218,7 +252,7 @@ def _join_tensors(
     """Join one tensor argument along the rows; ``None`` when a part lacks it."""
     if not all(isinstance(value, Tensor) for value in values):
         present = [value for value in values if isinstance(value, Tensor)]
-        is_image = any(word in name for word in _IMAGE_WORDS)
+        is_image = _is_of_image(name)
         return present[0] if is_image and len(present) == 1 else None
     if name == "position_ids":
         padded = [torch.nn.functional.pad(value, (length - value.shape[-1], 0)) for value in values]
@@ -244,10 +278,11 @@ def _join_encoded(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
             name
             for output in outputs
             for name, value in output.items()
-            if value is not None
-            and name not in ("last_hidden_state", "hidden_states", "attentions")
+            if value is not None and name not in ("hidden_states", "attentions")
         }
-        if not fields <= {"pooler_output", "deepstack_features"}:
+        if "pooler_output" in fields:
+            fields.discard("last_hidden_state")  # what the pooled features were made of
+        if not fields <= {"pooler_output", "last_hidden_state", "deepstack_features"}:
             return None
         merged = {
             name: _join_features([output[name] for output in outputs], name == "deepstack_features")

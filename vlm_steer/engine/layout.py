@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vlm_steer.engine.hooks import Columns
 
-__all__ = ["Layout"]
+__all__ = ["Layout", "is_image_token"]
 
 _SPARE = 128
 
@@ -41,11 +41,15 @@ class Layout:
             attention_mask: ``[batch, prompt]``, 0 for padding; ``None`` means no padding.
             image_token_ids: Ids that stand for image features.
         """
-        is_image = torch.isin(input_ids, torch.tensor(image_token_ids, device=input_ids.device))
+        return cls.from_image_mask(is_image_token(input_ids, image_token_ids), attention_mask)
+
+    @classmethod
+    def from_image_mask(cls, is_image: Tensor, attention_mask: Tensor | None) -> "Layout":
+        """The same from ``[batch, prompt]`` bool, which tokens are image tokens."""
         is_token = torch.ones_like(is_image) if attention_mask is None else attention_mask.bool()
-        is_image &= is_token
+        is_image = is_image & is_token
         seen_image = is_image.int().cumsum(dim=1) > 0
-        kinds = torch.full_like(input_ids, Columns.SYSTEM, dtype=torch.int8)
+        kinds = torch.full_like(is_image, Columns.SYSTEM, dtype=torch.int8)
         kinds[seen_image] = Columns.INSTRUCTION
         kinds[is_image] = Columns.IMAGE
         kinds[~is_token] = Columns.PADDING
@@ -87,3 +91,9 @@ class Layout:
             return kinds[:, total - n_keys : total]
         empty = kinds.new_full((kinds.shape[0], n_keys - total), Columns.PADDING)
         return torch.cat([kinds, empty], dim=1)
+
+
+def is_image_token(input_ids: Tensor, image_token_ids: Sequence[int]) -> Tensor:
+    """``[batch, tokens]`` bool."""
+    known = torch.tensor(image_token_ids, dtype=input_ids.dtype, device=input_ids.device)
+    return torch.isin(input_ids, known)

@@ -6,6 +6,7 @@ them and the image token ids are read off the loaded model.
 
 import inspect
 import re
+import sys
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -15,10 +16,11 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from vlm_steer.engine.active import ACTIVE, AttentionSite, Probe
 from vlm_steer.engine.grid import Geometry, geometry_of
+from vlm_steer.engine.inputs import is_place_mask
 from vlm_steer.engine.readout import Readout, find_readout
 from vlm_steer.engine.vision import why_no_image_attention
 from vlm_steer.errors import UnsupportedModelError
@@ -28,7 +30,16 @@ _REMEMBERED: "weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Any]]" = (
 )
 T = TypeVar("T")
 
-__all__ = ["AttentionSite", "ModelInfo", "inspect_model", "kept_module_state", "unwrap"]
+__all__ = [
+    "KNOWN_SCORE_OPTIONS",
+    "AttentionSite",
+    "ModelInfo",
+    "eager_function",
+    "inspect_model",
+    "kept_module_state",
+    "one_stream",
+    "unwrap",
+]
 
 _IMAGE_TOKEN_NAMES = (
     "image_token_id",
@@ -38,6 +49,33 @@ _IMAGE_TOKEN_NAMES = (
     "video_token_id",
     "video_token_index",
 )
+# Where none of these is there, a name such as `img_context_token_id` or `vision_patch_id` will do.
+_LIKE_AN_IMAGE_TOKEN = re.compile(
+    r"(im|img|image|media|picture|vision|visual)_?\w*(token|patch|pad|placeholder|context)\w*_"
+    r"(id|index)"
+)
+_BESIDE_THE_IMAGE = re.compile("start|begin|end|bo[iv]|eo[iv]|newline|break|row|col|sep|global")
+_MLP = re.compile(r"(\w+_)?(mlp|ffn|feed_?forward|moe)|fc2")
+_CROSS = re.compile("cross|encoder_attn")
+KNOWN_SCORE_OPTIONS = frozenset({"softcap", "s_aux", "sinks", "position_bias"})
+# Arguments of an attention function that enter the scores in a way the engine repeats.
+_PLAIN_OPTIONS = frozenset(
+    {
+        "module",
+        "query",
+        "key",
+        "value",
+        "attention_mask",
+        "scaling",
+        "dropout",
+        "training",
+        "is_causal",
+        "sliding_window",
+        "output_attentions",
+        "kwargs",
+    }
+)
+# Arguments of an attention function that do not enter the scores, or enter them through the mask.
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +91,11 @@ class ModelInfo:
         layers: Decoder layers by index.
         mlps: The MLP of each decoder layer that has one.
         configs: Configuration objects that name the decoder's attention implementation.
-        n_layers: Depth of the decoder.
-        image_token_ids: Token ids that stand for image (or video frame) features.
+        n_layers: Depth of the decoder, layers without softmax attention included.
+        image_token_ids: Token ids that stand for image (or video frame) features; empty for models
+            that are told the places of images by a mask.
+        score_options: What the model's attention function takes beside queries, keys, values and
+            mask, such as a soft cap.
     """
 
     model: PreTrainedModel
@@ -66,6 +107,12 @@ class ModelInfo:
     configs: tuple[Any, ...]
     n_layers: int
     image_token_ids: tuple[int, ...]
+    score_options: frozenset[str] = frozenset()
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Layers with softmax attention; a hybrid has others too."""
+        return tuple(sorted({site.layer for site in self.sites.values()}))
 
     @property
     def family(self) -> str:
@@ -146,8 +193,7 @@ class ModelInfo:
                 output = self.decoder(input_ids=ids, output_hidden_states=True, use_cache=False)
         finally:
             ACTIVE.reset(token)
-        states: tuple[Tensor, ...] = output.hidden_states
-        return states
+        return tuple(one_stream(state) for state in output.hidden_states)
 
     def text_only_prompt(self, n_tokens: int) -> Tensor:
         """``[1, n_tokens]`` ids: the start token, where there is one, then fillers."""
@@ -189,6 +235,14 @@ def kept_module_state(model: nn.Module) -> Iterator[None]:
             holder.rope_deltas = value
 
 
+def one_stream(hidden: Tensor) -> Tensor:
+    """``[batch, rows, hidden]`` of a residual that may have streams, ``[batch, rows, n, hidden]``.
+
+    The mean over the streams is what the model reads its logits from.
+    """
+    return hidden.mean(dim=2) if hidden.ndim == 4 else hidden
+
+
 def unwrap(model: Any) -> PreTrainedModel:
     """The transformers model inside an adapter wrapper such as PEFT's, or the model itself."""
     get_base_model = getattr(model, "get_base_model", None)
@@ -215,66 +269,124 @@ def inspect_model(model: Any) -> ModelInfo:
             through transformers' attention interface, or no image tokens.
     """
     base = unwrap(model)
-    if base.config.is_encoder_decoder:
+    if getattr(base.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{type(base).__name__} is an encoder-decoder: its decoder attends to the image "
             "through an encoder. Use a decoder-only vision-language model."
         )
-    decoder: nn.Module = base.get_decoder()  # type: ignore[no-untyped-call]
-    sites = {module: site for _, module, site in _attention_modules(decoder)}
-    if not sites:
+    decoder = _decoder(base)
+    found = list(_attention_modules(decoder))
+    if not found:
         raise UnsupportedModelError(
             f"{type(base).__name__} has no attention in {type(decoder).__name__} that goes through "
             "transformers' attention interface, so its attention cannot be steered."
         )
-    layers, mlps = _decoder_layers(decoder)
-    configs = {id(module.config): module.config for module in sites}
-    configs.setdefault(id(decoder.config), decoder.config)
+    layers = _decoder_layers(decoder, found)
+    configs = {id(module.config): module.config for _, module, _ in found}
+    if hasattr(getattr(decoder, "config", None), "_attn_implementation"):
+        configs.setdefault(id(decoder.config), decoder.config)
     return ModelInfo(
         model=base,
         decoder=decoder,
         owner=_owner(base),
-        sites=sites,
+        sites={module: site for _, module, site in found},
         layers=layers,
-        mlps=mlps,
+        mlps={index: mlp for index, layer in layers.items() if (mlp := _mlp(layer)) is not None},
         configs=tuple(configs.values()),
-        n_layers=max(site.layer for site in sites.values()) + 1,
+        n_layers=max(layers) + 1,
         image_token_ids=_image_token_ids(base),
+        score_options=frozenset(name for _, m, _ in found for name in _score_options(type(m))),
     )
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    """The text decoder: what the model says it is, else what holds the input embeddings."""
+    decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+    if decoder is not model:
+        return decoder
+    embeddings = model.get_input_embeddings()
+    name = next((name for name, module in model.named_modules() if module is embeddings), "")
+    while name := name.rpartition(".")[0]:
+        holder = model.get_submodule(name)
+        if next(_attention_modules(holder), None) is not None:
+            return holder
+    return model
 
 
 def _attention_modules(decoder: nn.Module) -> Iterator[tuple[str, nn.Module, AttentionSite]]:
     for name, module in decoder.named_modules():
+        if not _dispatches_attention(type(module)):
+            continue
         layer = getattr(module, "layer_idx", None)
-        if isinstance(layer, int) and _dispatches_attention(type(module)):
-            axis: Literal["self", "cross"] = "cross" if _is_cross(type(module)) else "self"
+        if isinstance(layer, int) and hasattr(module, "config"):
+            axis: Literal["self", "cross"] = "cross" if _is_cross(name, module) else "self"
             yield name, module, AttentionSite(layer, axis)
 
 
 def _dispatches_attention(cls: type[nn.Module]) -> bool:
-    forward = inspect.unwrap(cls.forward)
-    code = getattr(forward, "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+    """Whether the forward of a module, or a method beside it, looks up the attention function."""
+    methods = [cls.forward, *(value for value in vars(cls).values() if inspect.isfunction(value))]
+    codes = [getattr(inspect.unwrap(method), "__code__", None) for method in methods]
+    return any(code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names for code in codes)
 
 
-def _is_cross(cls: type[nn.Module]) -> bool:
-    return "cross_attention_states" in inspect.signature(cls.forward).parameters
+def _is_cross(name: str, module: nn.Module) -> bool:
+    return (
+        "cross_attention_states" in inspect.signature(type(module).forward).parameters
+        or getattr(module, "is_cross_attention", False)
+        or _CROSS.search(name.rpartition(".")[2]) is not None
+    )
 
 
-def _decoder_layers(decoder: nn.Module) -> tuple[dict[int, nn.Module], dict[int, nn.Module]]:
+def _decoder_layers(
+    decoder: nn.Module, found: list[tuple[str, nn.Module, AttentionSite]]
+) -> dict[int, nn.Module]:
+    """Decoder layers by index: those around an attention module and their neighbours in the list.
+
+    The neighbours are layers without softmax attention, such as linear attention.
+    """
     layers: dict[int, nn.Module] = {}
-    mlps: dict[int, nn.Module] = {}
-    for name, _, site in _attention_modules(decoder):
-        layer = decoder.get_submodule(name.rpartition(".")[0])
-        layers[site.layer] = layer
-        for child_name, child in layer.named_children():
-            if child_name in ("mlp", "feed_forward", "ffn", "block_sparse_moe"):
-                mlps[site.layer] = child
-    return layers, mlps
+    for name, _, site in found:
+        *parts, _ = name.split(".")
+        place = max((i for i, part in enumerate(parts) if part.isdecimal()), default=None)
+        if place is None:
+            layers.setdefault(site.layer, decoder.get_submodule(".".join(parts)))
+            continue
+        offset = site.layer - int(parts[place])
+        for index, layer in decoder.get_submodule(".".join(parts[:place])).named_children():
+            if index.isdecimal() and int(index) + offset >= 0:
+                layers.setdefault(int(index) + offset, layer)
+    return layers
+
+
+def _mlp(layer: nn.Module) -> nn.Module | None:
+    children = dict(layer.named_children())
+    return next((module for name, module in children.items() if _MLP.fullmatch(name)), None)
+
+
+def eager_function(cls: type[nn.Module]) -> Callable[..., Any] | None:
+    """The eager attention function that transformers keeps beside an attention class."""
+    for base in cls.__mro__:
+        eager = getattr(sys.modules[base.__module__], "eager_attention_forward", None)
+        if eager is not None:
+            return eager  # type: ignore[no-any-return]
+    return None
+
+
+def _score_options(cls: type[nn.Module]) -> set[str]:
+    eager = eager_function(cls)
+    return set() if eager is None else set(inspect.signature(eager).parameters) - _PLAIN_OPTIONS
 
 
 def _owner(model: PreTrainedModel) -> nn.Module:
-    """The innermost model with a language head, which is the one whose loop runs."""
+    """The model whose forward a generation loop calls.
+
+    That is the model itself, unless its own ``generate`` hands over to the language model inside.
+    """
+    usual = GenerationMixin.generate
+    generate = inspect.unwrap(getattr(type(model), "generate", usual))
+    if generate is inspect.unwrap(usual) or "super" in generate.__code__.co_names:
+        return model
     inner = [
         module
         for module in model.modules()
@@ -296,15 +408,29 @@ def _ids_named(model: PreTrainedModel, names: "re.Pattern[str]") -> set[int]:
 
 
 def _image_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    found = []
-    for name in _IMAGE_TOKEN_NAMES:
-        value = getattr(model.config, name, None)
-        if isinstance(value, int) and value >= 0:
-            found.append(value)
+    config = model.config
+    found = [value for name in _IMAGE_TOKEN_NAMES if _is_id(value := getattr(config, name, None))]
     if not found:
+        parts = (config, *(p for p in vars(config).values() if isinstance(p, PreTrainedConfig)))
+        found = [
+            value
+            for part in parts
+            for name in dir(part)
+            if _LIKE_AN_IMAGE_TOKEN.fullmatch(name) and not _BESIDE_THE_IMAGE.search(name)
+            if _is_id(value := getattr(part, name, None))
+        ]
+    if not found and not any(is_place_mask(name) for name in _forward_arguments(model)):
         raise UnsupportedModelError(
-            f"{type(model).__name__} ({model.config.model_type}) names no image token in its "
-            f"configuration (looked for {', '.join(_IMAGE_TOKEN_NAMES)}), so image tokens cannot "
-            "be told from text. Is it a vision-language model?"
+            f"{type(model).__name__} ({config.model_type}) names no image token in its "
+            f"configuration (looked for {', '.join(_IMAGE_TOKEN_NAMES)} and the like), so image "
+            "tokens cannot be told from text. Is it a vision-language model?"
         )
     return tuple(dict.fromkeys(found))
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _forward_arguments(model: PreTrainedModel) -> list[str]:
+    return list(inspect.signature(model.forward).parameters)

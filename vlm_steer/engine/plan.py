@@ -6,13 +6,14 @@ from typing import Any
 
 from vlm_steer.engine.active import AttentionSite
 from vlm_steer.engine.hooks import Branch, Method, ToLogits, no_logits
-from vlm_steer.engine.model import ModelInfo
+from vlm_steer.engine.model import KNOWN_SCORE_OPTIONS, ModelInfo
 from vlm_steer.engine.prompts import with_ids
 from vlm_steer.errors import CompositionError, ConfigError, UnsupportedModelError
 
 __all__ = ["Bound", "Plan", "Work", "make_plan"]
 
 _ATTENTION_HOOKS = ("mask", "scores", "weights", "look", "heads", "observe")
+_ROW_HOOKS = ("scores", "weights", "look", "observe")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -165,6 +166,13 @@ def _check(method: Method, model: ModelInfo) -> None:
         raise UnsupportedModelError(
             f"{method.name} moves the positions of tokens, but cannot in {model.family}: {reason}. "
             "Turn this part of the method off, or use another one."
+        )
+    unknown = sorted(model.score_options - KNOWN_SCORE_OPTIONS)
+    if unknown and any(method.overrides(hook) for hook in _ROW_HOOKS):
+        raise UnsupportedModelError(
+            f"{method.name} recomputes attention rows, but the attention of {model.family} takes "
+            f"{', '.join(unknown)}, whose meaning the engine does not know. Use a method that acts "
+            "on heads, hidden states or logits."
         )
     method.check(model)
 

@@ -15,8 +15,15 @@ from vlm_steer.engine.branches import Backend, Branches, Source
 from vlm_steer.engine.call import Call, Forward, Stream
 from vlm_steer.engine.grid import grids_among
 from vlm_steer.engine.hooks import Columns, LogitsAt, Reference
-from vlm_steer.engine.inputs import mask_of, n_rows, n_tokens, pixel_name, without_image
-from vlm_steer.engine.layout import Layout
+from vlm_steer.engine.inputs import (
+    mask_of,
+    n_rows,
+    n_tokens,
+    pixel_names,
+    place_mask,
+    without_image,
+)
+from vlm_steer.engine.layout import Layout, is_image_token
 from vlm_steer.engine.model import kept_module_state
 from vlm_steer.engine.plan import Bound, Plan
 from vlm_steer.engine.vision import image_attention
@@ -167,18 +174,23 @@ class Run:
             )
         if mask is not None and mask.shape[1] != ids.shape[1]:
             mask = mask[:, -ids.shape[1] :]
-        return Layout.from_ids(ids, mask, self.plan.model.image_token_ids)
+        places = place_mask(kwargs if raw is None else raw)
+        if places is not None and places.shape[1] == ids.shape[1]:
+            is_image = _repeat_to(places, rows)
+        else:
+            is_image = is_image_token(ids, self.plan.model.image_token_ids)
+        return Layout.from_image_mask(is_image, mask)
 
     def _next_turn(self, call: Call, kwargs: dict[str, Any]) -> Call:
         """A plain forward that puts several new tokens behind a cache: the prompt grows."""
-        if self.branches is not None and pixel_name(kwargs) is not None:
+        if self.branches is not None and pixel_names(kwargs):
             raise UnsupportedModelError(
                 "a contrast cannot take a new image in the middle of a cache. Use generate() with "
                 "the input_ids and pixel_values of the whole conversation."
             )
         before = call.positive.layout
         kinds = before.upto(self._past).clone()
-        added = Layout.from_ids(kwargs["input_ids"], None, self.plan.model.image_token_ids).prompt
+        added = self._added(kwargs).prompt
         if before.has_image:
             kinds[kinds == Columns.GENERATED] = Columns.INSTRUCTION
             added = torch.where(added == Columns.SYSTEM, Columns.INSTRUCTION, added)
@@ -190,6 +202,13 @@ class Run:
         stream.prepared = call.positive.prepared
         stream.memo = dict(call.positive.memo)
         return Call(self.plan, stream, grids_among(kwargs))
+
+    def _added(self, kwargs: dict[str, Any]) -> Layout:
+        """Layout of the new tokens of a later turn."""
+        is_image = place_mask(kwargs)
+        if is_image is None:
+            is_image = is_image_token(kwargs["input_ids"], self.plan.model.image_token_ids)
+        return Layout.from_image_mask(is_image, None)
 
     def _prepare(self, call: Call, owner: nn.Module, kwargs: dict[str, Any], bound: Bound) -> Any:
         def head_outputs_without_image(layers: tuple[int, ...]) -> dict[int, Tensor]:
