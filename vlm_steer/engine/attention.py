@@ -222,7 +222,7 @@ class _Rows:
         measured = self.forward.call.is_measured
         for bound, stream in self.acting.scores:
             old = scores[stream.batch]
-            softmax = partial(self._softmax, closed=closed, batch=stream.batch)
+            softmax = partial(self._softmax, closed=closed, batch=stream.batch, rows=rows)
             at = replace(self._at(bound, stream, rows), softmax=softmax)
             new = self._keep_other_rows(bound, stream, rows, old, bound.method.scores(old, at))
             if measured:

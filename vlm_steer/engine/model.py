@@ -8,7 +8,7 @@ import inspect
 import re
 import sys
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -325,7 +325,7 @@ def _attention_modules(decoder: nn.Module) -> Iterator[tuple[str, nn.Module, Att
 
 def _dispatches_attention(cls: type[nn.Module]) -> bool:
     """Whether the forward of a module, or a method beside it, looks up the attention function."""
-    methods = [cls.forward, *(value for value in vars(cls).values() if inspect.isfunction(value))]
+    methods = [value for value in (cls.forward, *vars(cls).values()) if inspect.isfunction(value)]
     codes = [getattr(inspect.unwrap(method), "__code__", None) for method in methods]
     return any(code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names for code in codes)
 
@@ -409,16 +409,12 @@ def _ids_named(model: PreTrainedModel, names: "re.Pattern[str]") -> set[int]:
 
 def _image_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
     config = model.config
-    found = [value for name in _IMAGE_TOKEN_NAMES if _is_id(value := getattr(config, name, None))]
+    found = _ids(config, _IMAGE_TOKEN_NAMES)
     if not found:
         parts = (config, *(p for p in vars(config).values() if isinstance(p, PreTrainedConfig)))
-        found = [
-            value
-            for part in parts
-            for name in dir(part)
-            if _LIKE_AN_IMAGE_TOKEN.fullmatch(name) and not _BESIDE_THE_IMAGE.search(name)
-            if _is_id(value := getattr(part, name, None))
-        ]
+        for part in parts:
+            names = filter(_LIKE_AN_IMAGE_TOKEN.fullmatch, dir(part))
+            found += _ids(part, [name for name in names if not _BESIDE_THE_IMAGE.search(name)])
     if not found and not any(is_place_mask(name) for name in _forward_arguments(model)):
         raise UnsupportedModelError(
             f"{type(model).__name__} ({config.model_type}) names no image token in its "
@@ -428,8 +424,10 @@ def _image_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _ids(config: Any, names: Iterable[str]) -> list[int]:
+    """The token ids among attributes of a configuration."""
+    values = [getattr(config, name, None) for name in names]
+    return [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0]
 
 
 def _forward_arguments(model: PreTrainedModel) -> list[str]:

@@ -13,12 +13,22 @@ from vlm_steer.errors import CompositionError, ConfigError, UnsupportedModelErro
 __all__ = ["Bound", "Plan", "Work", "make_plan"]
 
 _ATTENTION_HOOKS = ("mask", "scores", "weights", "look", "heads", "observe")
+_LAYER_HOOKS = ("hidden", "mlp")
 _ROW_HOOKS = ("scores", "weights", "look", "observe")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Bound:
-    """One method of a plan with what was resolved for this model."""
+    """One method of a plan with what was resolved for this model.
+
+    Attributes:
+        index: Its place in the plan.
+        method: The method.
+        layers: Layers where it acts; for attention methods those of a hybrid that have attention.
+        constants: What ``Method.resolve`` returned.
+        branches: The extra streams it runs.
+        notes: What the engine has to say of its layers, for ``status()``.
+    """
 
     index: int
     method: Method
@@ -27,6 +37,7 @@ class Bound:
     branches: tuple[Branch, ...]
     taps: tuple[int, ...]
     to_logits: ToLogits
+    notes: tuple[str, ...]
 
     def branch_key(self, branch: Branch) -> str:
         """Name of a branch, unique within the plan."""
@@ -183,15 +194,37 @@ def _bind(index: int, method: Method, model: ModelInfo, processor: Any) -> Bound
         taps = method.select_taps(model)
     except ConfigError as error:
         raise ConfigError(f"{method.name}: {error}") from None
+    attended, notes = _attended(method, layers, model)
     return Bound(
         index=index,
         method=method,
-        layers=layers,
+        layers=attended,
         constants=method.resolve(model),
         branches=tuple(with_ids(b, method.name, model, processor) for b in method.branches()),
         taps=taps,
         to_logits=_readout(method, model) if taps or method.needs_readout else no_logits,
+        notes=notes,
     )
+
+
+def _attended(
+    method: Method, layers: frozenset[int], model: ModelInfo
+) -> tuple[frozenset[int], tuple[str, ...]]:
+    """The layers where a method finds what it acts on, and a note of the others.
+
+    A hybrid has layers without attention, and Mllama has its image in some layers alone.
+    """
+    acts = any(method.overrides(hook) for hook in _ATTENTION_HOOKS)
+    if not acts or any(method.overrides(hook) for hook in _LAYER_HOOKS):
+        return layers, ()
+    has = {site.layer for site in model.sites.values() if _attends(method, site, model)}
+    if not layers & has:
+        raise UnsupportedModelError(
+            f"{method.name} acts in attention, which none of its layers {sorted(layers)} has in "
+            f"this {model.family} model. Choose among layers {sorted(has)}."
+        )
+    skipped = sorted(layers - has)
+    return layers & has, (f"no attention to act on in layers {skipped}",) if skipped else ()
 
 
 def _readout(method: Method, model: ModelInfo) -> ToLogits:

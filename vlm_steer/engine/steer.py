@@ -644,7 +644,7 @@ def _notes(bound: Bound | None) -> list[str]:
     if bound is None:
         return []
     method, constants = bound.method, bound.constants
-    return [*method.notes(constants), *method.warnings(constants)]
+    return [*bound.notes, *method.notes(constants), *method.warnings(constants)]
 
 
 def _n_sequences(output: Any) -> int | None:
