@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from vlm_steer.engine.inputs import pixel_name
+from vlm_steer.engine.inputs import pixel_names
 from vlm_steer.errors import UnsupportedModelError
 
 __all__ = ["image_attention", "why_no_image_attention"]
@@ -75,7 +75,7 @@ def image_attention(
     encode = _encoder(model)
     if reason is not None or encode is None:
         raise UnsupportedModelError(f"{type(model).__name__}: {reason}. Use another method.")
-    if pixel_name(given) != "pixel_values":
+    if pixel_names(given) != ("pixel_values",):
         raise UnsupportedModelError(
             "a method looks at the image through the vision encoder and needs pixel_values, which "
             "were not passed. Pass them, for a continued conversation those of all its images."
