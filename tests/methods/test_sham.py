@@ -6,6 +6,7 @@ import torch
 import vlm_steer
 from tests.families import zoo
 from vlm_steer import functional as F
+from vlm_steer.engine.hooks import Method
 from vlm_steer.errors import ConfigError, UnsupportedModelError
 from vlm_steer_eval.arms import parse_arms
 
@@ -48,6 +49,7 @@ def test_left_padding_moves_the_places_along():
     [
         "vhr",
         "mma",
+        "spin",
         {"method": "pai", "alpha": 0.5, "gamma": 1.0},
         {"method": "var", "sink_dims": [1, 2], "tau": 1.5, "min_image_mass": 0.0},
     ],
@@ -77,7 +79,9 @@ def test_a_neutral_method_has_a_neutral_sham():
     assert vlm_steer.get_method("sham")(of={"method": "vhr", "alpha": 1.0}).is_neutral()
 
 
-@pytest.mark.parametrize("of", ["vcd", "pai", "sham", "lookback_ratio", "none", "pai+var"])
+@pytest.mark.parametrize(
+    "of", ["vcd", "pai", "cca", "dola", "sham", "lookback_ratio", "none", "pai+var"]
+)
 def test_what_has_no_sham_is_refused(of):
     with pytest.raises(ConfigError, match=r"imitate|takes one"):
         vlm_steer.get_method("sham")(of=of)
@@ -92,3 +96,11 @@ def test_an_arm_can_be_a_sham():
     arms = parse_arms("none,var,sham:var")
     assert [arm.name for arm in arms] == ["none", "var", "sham:var"]
     assert arms[2].config["methods"] == [{"method": "sham", "of": "var", "seed": 0}]
+
+
+def test_a_sham_follows_every_hook_and_need_or_refuses_them():
+    own = {"name", "paper", "observer", "layers", "scope", "notes", "branches", "logits"}
+    own |= {"require", "replace", "refuse_ignored", "positions", "select_taps", "plausible"}
+    own |= {"observe"}
+    names = {name for name in vars(Method) if not name.startswith("_")} - own
+    assert names <= set(vars(type(vlm_steer.get_method("sham")())))

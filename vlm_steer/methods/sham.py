@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Sham"]
 
-_OTHER_HOOKS = ("logits", "plausible", "observe")
+_OTHER_HOOKS = ("positions", "select_taps", "logits", "plausible", "observe")
 _SEATS = 1 << 16
 _SEED_STRIDE = 1_000_003
 _SHARE = 0.5  # of the columns, to which mass is moved
@@ -105,8 +105,13 @@ class Sham(Method):
 
     @property
     def needs_readout(self) -> bool:  # type: ignore[override]
-        """Whether the imitated method reads logits off early layers."""
+        """Whether the imitated method reads logits off hidden states."""
         return self.imitated.needs_readout
+
+    @property
+    def needs_grid(self) -> bool:  # type: ignore[override]
+        """Whether the imitated method needs the places of image tokens."""
+        return self.imitated.needs_grid
 
     def ignored_options(self) -> dict[str, str]:
         reason = "the imitated method says where it acts; write it under of"
