@@ -91,6 +91,10 @@ def eval_pope(
     revision: Revision = None,
     attn: Attn = None,
     skip_bad_images: SkipBadImages = False,
+    share_prefix: Annotated[
+        bool,
+        typer.Option(help="Compute each image once for its questions, where methods allow it."),
+    ] = True,
 ) -> None:
     """Ask yes/no questions about objects: on embedded scenes, your files, or a data set."""
     from .arms import parse_arms
@@ -136,6 +140,7 @@ def eval_pope(
         batch_size=batch_size,
         resamples=resamples,
         skip_bad_images=skip_bad_images,
+        share_prefix=share_prefix,
     )
 
 

@@ -40,6 +40,7 @@ def run_and_show(
     batch_size: int,
     resamples: int,
     skip_bad_images: bool,
+    share_prefix: bool = False,
 ) -> None:
     """Load the model, run the benchmark, print its tables.
 
@@ -62,6 +63,7 @@ def run_and_show(
         output=output,
         n_resamples=resamples,
         seed=settings.seed,
+        share_prefix=share_prefix,
     )
     typer.echo(result.table, nl=False)
     typer.echo(f"results: {output}")

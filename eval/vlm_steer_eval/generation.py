@@ -15,14 +15,17 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from vlm_steer.engine.steer import Steering
 from vlm_steer.errors import ConfigError, SteerError
 from vlm_steer.generation import encode, without_prompt
 
+from .prefix import share_prompts
 from .sampling import FirstTokenMargin, SeededNoise
 
 __all__ = ["Generator", "Output", "Settings", "item_seed"]
 
 Words = tuple[Sequence[str], Sequence[str]]
+Sharing = tuple[Steering, Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,11 @@ class Generator:
         self._words = None if words is None else self._first_tokens(words)
 
     def __call__(
-        self, prompts: Sequence[str], images: Sequence[Image.Image], ids: Sequence[str]
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Image.Image],
+        ids: Sequence[str],
+        sharing: Sharing | None = None,
     ) -> list[Output]:
         """Generate for one batch.
 
@@ -121,12 +128,16 @@ class Generator:
             prompts: whole prompts, from `vlm_steer.generation.render_prompt`.
             images: one image per prompt.
             ids: item ids, which seed the sampling.
+            sharing: the steering and the images' digests, to compute equal beginnings once where
+                that is possible; None computes every prompt whole.
 
         Returns:
             One output per prompt.
         """
-        inputs = encode(self.processor, prompts, images)
-        inputs = inputs.to(self.model.device, dtype=self.model.dtype)
+        inputs = self._shared(prompts, images, sharing)
+        if inputs is None:
+            whole = encode(self.processor, prompts, images)
+            inputs = whole.to(self.model.device, dtype=self.model.dtype)
         processors = LogitsProcessorList()
         margin = None
         if self._words is not None and self.settings.num_beams == 1:
@@ -146,6 +157,16 @@ class Generator:
         )
         margins = [None] * len(ids) if margin is None else margin.values(len(ids))
         return self._outputs(inputs, sequences, margins)
+
+    def _shared(
+        self, prompts: Sequence[str], images: Sequence[Image.Image], sharing: Sharing | None
+    ) -> Any:
+        if sharing is None:
+            return None
+        steering, digests = sharing
+        token_ids = steering.plan.model.image_token_ids
+        shared = share_prompts(self.processor, prompts, images, digests, token_ids)
+        return None if shared is None else shared.inputs(steering, self.settings.num_beams)
 
     def _samplers(self, ids: Sequence[str]) -> list[LogitsProcessor]:
         if self.settings.temperature == 0:

@@ -51,6 +51,7 @@ def run_benchmark(
     output: Path,
     n_resamples: int = 10_000,
     seed: int = 0,
+    share_prefix: bool = False,
 ) -> Evaluation:
     """Evaluate arms on a benchmark and write everything about it into a folder.
 
@@ -70,6 +71,7 @@ def run_benchmark(
         output: the folder.
         n_resamples: resamples of intervals and tests, > 0.
         seed: seed of the resampling.
+        share_prefix: see `run_arms`.
 
     Raises:
         ConfigError: an arm is unknown.
@@ -85,6 +87,7 @@ def run_benchmark(
         settings=settings,
         batch_size=batch_size,
         output=output,
+        share_prefix=share_prefix,
     )
     scores = score_all(task, run)
     summary = evaluate(task, run, scores, n_resamples=n_resamples, seed=seed)

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]  # ships no types
 
 import vlm_steer
+from vlm_steer.engine.steer import Steering
 from vlm_steer.errors import ConfigError, DataError, SteerWarning
 from vlm_steer.generation import halving, render_prompt
 
@@ -60,6 +61,7 @@ def run_arms(
     settings: Settings,
     batch_size: int,
     output: Path,
+    share_prefix: bool = False,
 ) -> RunResult:
     """Generate every arm's answers to every item, continuing an earlier run in the same folder.
 
@@ -76,6 +78,9 @@ def run_arms(
         settings: how to generate.
         batch_size: items per batch, > 0; halved when memory runs out.
         output: folder of the log.
+        share_prefix: compute what questions about one image have in common once per batch, for
+            arms that allow it. Such an arm is tried on one batch first, and generates from whole
+            prompts if the answers differ.
 
     Raises:
         ConfigError: the folder holds a run of another benchmark.
@@ -104,6 +109,7 @@ def run_arms(
     with GenerationLog(output / LOG_NAME) as log:
         for arm in arms:
             worker = _ArmRun(arm, generator, log, output, batch_size, digests, provenance)
+            worker.shares = share_prefix
             with _noting(result.notes.setdefault(arm.name, [])):
                 result.records[arm.name] = worker.run(usable)
             result.n_generated += worker.n_generated
@@ -133,54 +139,101 @@ class _ArmRun:
             "methods": arm.config
         }
         self.n_generated = 0
+        self.shares = False
 
     def run(self, items: Sequence[Item]) -> dict[str, dict[str, Any]]:
         """Records by item id."""
         prompts = {item.id: render_prompt(self._generator.processor, item.prompt) for item in items}
         keys = {item.id: self._key(item, prompts[item.id]) for item in items}
-        # By length, so that little is padded; by content, so that the order given does not matter.
-        ordered = sorted(items, key=lambda item: (len(prompts[item.id]), item.id))
-        size = self._batch_size
-        batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-        known = self._log.records
-        pending = [batch for batch in batches if any(keys[i.id] not in known for i in batch)]
-        self._generate(pending, prompts, keys)
+        self._generate(items, prompts, keys)
         return {item.id: self._log.records[keys[item.id]] for item in items}
 
+    def _batches(
+        self, items: Sequence[Item], prompts: Mapping[str, str], steering: Steering
+    ) -> list[list[Item]]:
+        """By length, so that little is padded; by content, so that the order does not matter."""
+        size = self._batch_size
+        ordered = sorted(items, key=lambda item: (len(prompts[item.id]), item.id))
+        plain = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        if not self.shares or steering.plan.prefix is None:
+            self.shares = False
+            return plain
+        batches: list[list[Item]] = [[]]
+        groups: dict[str, list[Item]] = {}
+        for item in ordered:
+            groups.setdefault(self._digests[item.id], []).append(item)
+        for group in groups.values():
+            for start in range(0, len(group), size):
+                part = group[start : start + size]
+                if len(batches[-1]) + len(part) > size:
+                    batches.append([])
+                batches[-1].extend(part)
+        if not self._agree(batches[0], prompts, steering):
+            self.shares = False
+            return plain
+        return batches
+
+    def _agree(self, items: Sequence[Item], prompts: Mapping[str, str], steering: Steering) -> bool:
+        """Whether sharing gives these items the answers of whole prompts."""
+        shared, whole = (
+            [(answer.text, answer.layout) for answer in self._answer(items, prompts, sharing)]
+            for sharing in (steering, None)
+        )
+        if shared != whole:
+            warnings.warn(
+                "sharing the pass over the image changed an answer, so every prompt is computed "
+                "whole",
+                SteerWarning,
+                stacklevel=2,
+            )
+        return shared == whole
+
     def _generate(
-        self, batches: Sequence[Sequence[Item]], prompts: Mapping[str, str], keys: Mapping[str, str]
+        self, items: Sequence[Item], prompts: Mapping[str, str], keys: Mapping[str, str]
     ) -> None:
         model, processor = self._generator.model, self._generator.processor
         size = self._batch_size
-        total = sum(map(len, batches))
-        with (
-            vlm_steer.steer(model, self._arm.methods or None, processor=processor) as steering,
-            tqdm(
+        with vlm_steer.steer(model, self._arm.methods or None, processor=processor) as steering:
+            known = self._log.records
+            missing = [item for item in items if keys[item.id] not in known]
+            batches = self._batches(items, prompts, steering) if missing else []
+            pending = [batch for batch in batches if any(keys[i.id] not in known for i in batch)]
+            sharing = steering if self.shares else None
+            total = sum(map(len, pending))
+            with tqdm(
                 total=total, desc=self._arm.name, unit="answer", disable=None if total else True
-            ) as bar,
-        ):
-            for batch in batches:
-                start = time.perf_counter()
-                outputs, size = halving(
-                    lambda chunk: self._answer(chunk, prompts), batch, size, _tell_halved
-                )
-                seconds = time.perf_counter() - start
-                changed = _changed_something(steering.effect()) if self._arm.methods else None
-                fresh = [
-                    self._record(item, keys[item.id], prompts[item.id], answer, changed)
-                    for item, answer in zip(batch, outputs, strict=True)
-                    if keys[item.id] not in self._log.records
-                ]
-                self._log.append(fresh)
-                self._log_time(outputs, seconds)
-                self.n_generated += len(fresh)
-                bar.update(len(batch))
+            ) as bar:
+                for batch in pending:
+                    start = time.perf_counter()
+                    outputs, size = halving(
+                        lambda chunk: self._answer(chunk, prompts, sharing),
+                        batch,
+                        size,
+                        _tell_halved,
+                    )
+                    seconds = time.perf_counter() - start
+                    changed = _changed_something(steering.effect()) if self._arm.methods else None
+                    fresh = [
+                        self._record(item, keys[item.id], prompts[item.id], answer, changed)
+                        for item, answer in zip(batch, outputs, strict=True)
+                        if keys[item.id] not in known
+                    ]
+                    self._log.append(fresh)
+                    self._log_time(outputs, seconds)
+                    self.n_generated += len(fresh)
+                    bar.update(len(batch))
 
-    def _answer(self, items: Sequence[Item], prompts: Mapping[str, str]) -> list[Output]:
+    def _answer(
+        self, items: Sequence[Item], prompts: Mapping[str, str], sharing: Steering | None
+    ) -> list[Output]:
         images = [item.image.load() for item in items]
+        digests = [self._digests[item.id] for item in items]
         with torch.inference_mode():
             return self._generator(
-                [prompts[item.id] for item in items], images, [item.id for item in items]
+                [prompts[item.id] for item in items],
+                images,
+                [item.id for item in items],
+                None if sharing is None else (sharing, digests),
             )
 
     def _key(self, item: Item, prompt: str) -> str:

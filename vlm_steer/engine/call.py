@@ -57,6 +57,11 @@ class Stream:
         states = [self.taps[max(seen for seen in self.taps if seen <= i)] for i in layers]
         return torch.stack([state.to(states[0].device) for state in states], dim=1)
 
+    def select(self, rows: Tensor) -> None:
+        """Make other rows of the batch of a prompt, as its cache does."""
+        self.layout = Layout.from_kinds(self.layout.prompt[rows.to(self.layout.kinds.device)])
+        self.marks = {key: marks[rows.to(marks.device)] for key, marks in self.marks.items()}
+
     @property
     def is_positive(self) -> bool:
         """Whether this is the user's own stream."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from vlm_steer.engine.active import AttentionSite
 from vlm_steer.engine.hooks import Branch, Method, ToLogits, no_logits
@@ -12,6 +12,8 @@ from vlm_steer.errors import CompositionError, ConfigError, UnsupportedModelErro
 
 __all__ = ["Bound", "Plan", "Work", "make_plan"]
 
+_ROW_HOOKS = ("scores", "weights", "look", "heads", "mlp", "hidden")
+_PROMPT_HOOKS = ("prepare", "positions", "mask")
 _ATTENTION_HOOKS = ("mask", "scores", "weights", "look", "heads", "observe")
 _LAYER_HOOKS = ("hidden", "mlp")
 _ROW_HOOKS = ("scores", "weights", "look", "observe")
@@ -105,6 +107,28 @@ class Plan:
     def has_branches(self) -> bool:
         """Whether any method runs an extra stream."""
         return any(bound.branches for bound in self.bounds)
+
+    @property
+    def prefix(self) -> Literal["untouched", "marked"] | None:
+        """How prompts may share a pass over everything up to their last image token.
+
+        ``untouched``: no method acts there, so the unsteered model can run it. ``marked``: methods
+        only mark columns there, so it runs under steering. ``None``: a method acts there, runs
+        branches or passes of its own, or the model's positions depend on the whole prompt.
+        """
+        if self.model.positions != "rotary" or self.model.has_cross_attention:
+            return None
+        for bound in self.bounds:
+            method = bound.method
+            if bound.branches or method.needs_grid or _overrides(method, _PROMPT_HOOKS):
+                return None
+            if method.rows not in ("last", "after_image") and _overrides(method, _ROW_HOOKS):
+                return None
+        if not self.marks:
+            return "untouched"
+        # The last row of a steered prefix would be taken for one that predicts a token.
+        rows = {b.method.rows for b in self.bounds if _overrides(b.method, _ROW_HOOKS)}
+        return "marked" if rows <= {"after_image"} else None
 
 
 def make_plan(methods: Sequence[Method], model: ModelInfo, processor: Any = None) -> Plan:
@@ -262,6 +286,10 @@ def _attends(method: Method, site: AttentionSite, model: ModelInfo) -> bool:
         or (method.attends == "self" and site.axis == "self")
         or (method.attends == "image" and site.axis == image_axis)
     )
+
+
+def _overrides(method: Method, hooks: Sequence[str]) -> bool:
+    return any(method.overrides(hook) for hook in hooks)
 
 
 def _by_layer(hook: str, bounds: Sequence[Bound]) -> dict[int, tuple[Bound, ...]]:

@@ -153,6 +153,56 @@ class Steering:
             return {name: _stacked(seen, rows) for name, seen in call.records.items()}
         return {name: _follow_beams(seen, beams) for name, seen in call.records.items()}
 
+    def prefill(self, **inputs: Any) -> Any:
+        """Run prompts up to and including their last image token, for ``generate`` to continue.
+
+        Together with ``fork`` this lets questions about one image share its pass::
+
+            cache = steering.prefill(**prefix)
+            steering.fork(cache, rows)
+            model.generate(input_ids=whole_prompts, past_key_values=cache, ...)
+
+        Args:
+            **inputs: What ``model(...)`` takes, for the beginning of the prompts only.
+
+        Returns:
+            The cache.
+
+        Raises:
+            SteerError: A method acts on that part of the prompt, see ``Plan.prefix``.
+        """
+        model = self._installation.info.model
+        if self._plan.prefix is None:
+            raise SteerError(
+                "prefill(): these methods act before the question, or on the whole prompt, so "
+                "every prompt needs a pass of its own. Call generate() with the whole prompts."
+            )
+        if self._plan.prefix == "untouched":
+            with steer(model, None):
+                return model(**inputs, use_cache=True).past_key_values
+        run = self.new_run(Source(model), None)
+        token = _GENERATION.set(run)
+        try:
+            cache = model(**inputs, use_cache=True).past_key_values
+        finally:
+            _GENERATION.reset(token)
+            run.leave()
+            run.close()
+        self._installation.remember(run, cache)
+        return cache
+
+    def fork(self, cache: Any, rows: Tensor) -> None:
+        """Turn a cache from ``prefill`` into one of other rows; a row may be taken several times.
+
+        Args:
+            cache: The cache; changed in place.
+            rows: ``[new rows]`` int64, the row that each new row continues.
+        """
+        run = self._installation.earlier(cache)
+        cache.batch_select_indices(rows)
+        if run is not None and run.call is not None:
+            run.call.positive.select(rows)
+
     def detach(self) -> None:
         """Take the interventions off. Doing it twice is harmless."""
         with _LOCK:
@@ -401,7 +451,7 @@ class _Installation:
             _refuse_mode(steering.plan, raw)
             cache = raw.get("past_key_values")
             run = steering.new_run(
-                Source(self.info.model, generate, _inputs_of(raw)), self._earlier(cache)
+                Source(self.info.model, generate, _inputs_of(raw)), self.earlier(cache)
             )
             token = _GENERATION.set(run)
             try:
@@ -410,7 +460,7 @@ class _Installation:
                 _GENERATION.reset(token)
                 run.leave()
                 run.close()
-            self._remember(run, cache, output)
+            self.remember(run, getattr(output, "past_key_values", None) if cache is None else cache)
             steering.finish(run.call, output)
             return output
 
@@ -469,7 +519,7 @@ class _Installation:
             return None
         output = run.after(owner, output)
         if self._generation() is None and run.call is not None:
-            self._remember(run, None, output)
+            self.remember(run, getattr(output, "past_key_values", None))
             steering = self.current()
             if steering is not None and run.call.step <= 2:
                 steering.finish(run.call, output)
@@ -481,7 +531,7 @@ class _Installation:
         if steering is None or steering.is_off:
             return None
         cache = kwargs.get("past_key_values")
-        earlier = self._earlier(cache)
+        earlier = self.earlier(cache)
         if (
             earlier is not None
             and cache is not None
@@ -491,15 +541,15 @@ class _Installation:
             return earlier
         return steering.new_run(Source(self.info.model), earlier)
 
-    def _earlier(self, cache: Any) -> Run | None:
+    def earlier(self, cache: Any) -> Run | None:
         """The last run that filled this cache."""
         try:
             return self._runs.get(cache) if cache is not None else None
         except TypeError:
             return None
 
-    def _remember(self, run: Run, cache: Any, output: Any) -> None:
-        cache = getattr(output, "past_key_values", None) if cache is None else cache
+    def remember(self, run: Run, cache: Any) -> None:
+        """Know later which run filled this cache."""
         if cache is not None:
             self._runs[cache] = run
 
