@@ -1,5 +1,6 @@
 """What the contract tests run: settings of every method, and one method per kind of hook."""
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,8 +9,9 @@ import torch
 from torch import Tensor
 
 from tests.families import zoo
+from vlm_steer.directions import Directions
 from vlm_steer.engine.hooks import At, Attends, Branch, LogitsAt, Method, Rows
-from vlm_steer.engine.model import ModelInfo
+from vlm_steer.engine.model import ModelInfo, inspect_model
 from vlm_steer.registry import list_methods
 
 CI_FAMILIES = ("llava", "qwen2_5_vl", "gemma3", "mllama")
@@ -50,6 +52,21 @@ ACTIVE = {
     # The tiny models have no tokenizer.
     "icd": {"method": "icd", "disturbance_ids": [30, 40, 50]},
     "lqcd": {"method": "lqcd", "leading_ids": [31, 41], "tail": 1},
+    "vti": lambda family: {"method": "vti", "directions": directions_for(family)},
+    "vti_residual": lambda family: {
+        "method": "vti",
+        "directions": directions_for(family),
+        "site": "residual",
+        "strength": 0.4,
+        "layers": [0.25, 0.75],
+    },
+    "vista_residual": {"method": "vista", "site": "residual", "strength": 0.05, "gamma": 0.0},
+    "vista+vcd": {
+        "methods": [
+            {"method": "vista", "scope": "all"},
+            {"method": "vcd", "alpha": 0.5, "noise_step": 400},
+        ]
+    },
     "deco+sla+vcd": {
         "methods": [
             {"method": "deco", "top_k": None, "top_p": 1.0},
@@ -87,6 +104,8 @@ NEUTRAL = {
     "paint": {"method": "paint", "alpha": 0.0, "beta": 0.0},
     "memvr": {"method": "memvr", "alpha": 0.0},
     "knockout": {"method": "knockout", "queries": []},
+    "vti": {"method": "vti", "strength": 0.0},
+    "vista": {"method": "vista", "strength": 0.0, "gamma": 0.0},
     "lookback_ratio": {"method": "lookback_ratio"},
     "m3id": {"method": "m3id", "lam": 0.0},
     "icd": {"method": "icd", "alpha": 0.0, "beta": 0.0},
@@ -147,7 +166,19 @@ def spec_for(family: str, setting: str) -> object:
     """The setting, or a skip where the family refuses it (which a test of its own asserts)."""
     if (family, setting) in REFUSALS:
         pytest.skip(f"{setting} refuses {family}: {REFUSALS[family, setting]}")
-    return ACTIVE[setting]
+    spec = ACTIVE[setting]
+    return spec(family) if callable(spec) else spec
+
+
+@functools.cache
+def directions_for(family: str) -> str:
+    """A file of random directions for a family of the zoo."""
+    info = inspect_model(zoo.load(family).model)
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(info.n_layers, zoo.HIDDEN, generator=generator)
+    path = zoo.build(family).with_suffix(".safetensors")
+    Directions(vectors=vectors, method="vti", family=info.family, made_of={}).save(path)
+    return str(path)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from vlm_steer.errors import UnsupportedModelError
 
 Mask: TypeAlias = Tensor | BlockMask
 
-__all__ = ["Call", "Forward", "Mask", "Stream", "Touch", "dense_rows"]
+__all__ = ["Call", "Forward", "Mask", "Stream", "Touch", "dense_rows", "states_after"]
 
 _MEASURED_STEPS = 2
 
@@ -49,13 +49,8 @@ class Stream:
         self.image_features = earlier.image_features
 
     def tapped(self, layers: Iterable[int]) -> Tensor:
-        """States of the last row after each of the layers, ``[batch, layers, hidden]``.
-
-        A layer that did not run, such as a cross-attention layer without an image, left the
-        residual stream as the layer before it did.
-        """
-        states = [self.taps[max(seen for seen in self.taps if seen <= i)] for i in layers]
-        return torch.stack([state.to(states[0].device) for state in states], dim=1)
+        """States of the last row after each of the layers, ``[batch, layers, hidden]``."""
+        return states_after(self.taps, layers)
 
     def select(self, rows: Tensor) -> None:
         """Make other rows of the batch of a prompt, as its cache does."""
@@ -133,6 +128,16 @@ class EditedMask(NamedTuple):
     given: Mask | None
     mask: Mask | None
     is_blind: Tensor | None = None
+
+
+def states_after(taps: Mapping[int, Tensor], layers: Iterable[int]) -> Tensor:
+    """``[batch, layers, hidden]`` from ``[batch, hidden]`` after every layer that ran.
+
+    A layer that did not run, such as a cross-attention layer without an image, left the residual
+    stream as the layer before it did.
+    """
+    states = [taps[max(ran for ran in taps if ran <= layer)] for layer in layers]
+    return torch.stack([state.to(states[0].device) for state in states], dim=1)
 
 
 class Touch:

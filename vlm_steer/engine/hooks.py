@@ -334,12 +334,16 @@ class Reference:
             average from all patches in encoders without one.
         on_image_tokens: ``f(values)`` puts ``[images, tokens]``, one value per image token, at the
             image tokens of the prompt: ``[batch, prompt]``, zero or ``False`` elsewhere.
+        hidden_states: ``f(with_image)`` runs the prompt once, with or without its image tokens and
+            every intervention off, and returns ``[batch, layers, hidden]``, the residual stream
+            at the last prompt row after each of ``layers``.
         layers: The layers this method acts on.
     """
 
     head_outputs_without_image: Callable[[tuple[int, ...]], dict[int, Tensor]]
     image_attention: Callable[[tuple[int, ...]], tuple[Tensor, ...]]
     on_image_tokens: Callable[[Tensor], Tensor]
+    hidden_states: Callable[[bool], Tensor]
     layers: tuple[int, ...]
 
 

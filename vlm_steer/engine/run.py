@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vlm_steer.engine.active import ACTIVE, Probe
 from vlm_steer.engine.branches import Backend, Branches, Source
-from vlm_steer.engine.call import Call, Forward, Stream
+from vlm_steer.engine.call import Call, Forward, Stream, states_after
 from vlm_steer.engine.grid import grids_among
 from vlm_steer.engine.hooks import Columns, LogitsAt, Reference
 from vlm_steer.engine.inputs import (
@@ -211,29 +211,40 @@ class Run:
         return Layout.from_image_mask(is_image, None)
 
     def _prepare(self, call: Call, owner: nn.Module, kwargs: dict[str, Any], bound: Bound) -> Any:
-        def head_outputs_without_image(layers: tuple[int, ...]) -> dict[int, Tensor]:
-            kinds = call.positive.layout.prompt
-            is_kept = Columns(kinds).is_text
-            prompt = without_image(self.source.whole_prompt(kwargs, self._past), is_kept)
-            probe = Probe(self.plan.model.sites, frozenset(layers))
+        layers = tuple(sorted(bound.layers))
+
+        def probed(probe: Probe, *, with_image: bool) -> Probe:
+            prompt = self.source.whole_prompt(kwargs, self._past)
+            if not with_image:
+                prompt = without_image(prompt, Columns(call.positive.layout.prompt).is_text)
             token = ACTIVE.set(probe)
             try:
                 with kept_module_state(self.source.model), torch.no_grad():
                     owner(**{**prompt, "use_cache": False, "past_key_values": None})
             finally:
                 ACTIVE.reset(token)
-            return probe.outputs
+            return probe
+
+        def head_outputs_without_image(layers: tuple[int, ...]) -> dict[int, Tensor]:
+            probe = Probe(self.plan.model.sites, frozenset(layers))
+            return probed(probe, with_image=False).outputs
 
         def seen_by_encoder(layers: tuple[int, ...]) -> tuple[Tensor, ...]:
             given = kwargs if self.source.raw is None else self.source.raw
             with kept_module_state(self.source.model):
                 return image_attention(self.source.model, given, layers)
 
+        def hidden_states(with_image: bool) -> Tensor:
+            # All layers, since one that is skipped leaves the state of the layer before it.
+            probe = Probe(taps=frozenset(self.plan.model.layers))
+            return states_after(probed(probe, with_image=with_image).states, layers)
+
         reference = Reference(
             head_outputs_without_image=head_outputs_without_image,
             image_attention=seen_by_encoder,
             on_image_tokens=partial(_on_image_tokens, Columns(call.positive.layout.prompt)),
-            layers=tuple(sorted(bound.layers)),
+            hidden_states=hidden_states,
+            layers=layers,
         )
         return bound.method.prepare(reference)
 

@@ -8,7 +8,7 @@ bracketed so that one generation has one state. The last detach undoes all three
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vlm_steer.engine import attention
-from vlm_steer.engine.active import ACTIVE
+from vlm_steer.engine.active import ACTIVE, Probe
 from vlm_steer.engine.branches import Backend, Source, intercept, is_capturing
-from vlm_steer.engine.call import Call, Forward
+from vlm_steer.engine.call import Call, Forward, states_after
 from vlm_steer.engine.hooks import Method
 from vlm_steer.engine.inputs import token_tensor
 from vlm_steer.engine.model import ModelInfo, inspect_model, unwrap
@@ -28,7 +28,7 @@ from vlm_steer.engine.plan import Bound, Plan, make_plan
 from vlm_steer.engine.run import Run, named_arguments
 from vlm_steer.errors import ConfigError, SteerError, SteerWarning, UnsupportedModelError
 
-__all__ = ["Steering", "attach", "steer"]
+__all__ = ["Steering", "attach", "last_hidden_states", "steer"]
 
 _LOCK = threading.RLock()
 _HISTORY = 8
@@ -723,3 +723,28 @@ def _follow_beams(seen: list[Tensor], beams: Tensor) -> Tensor:
     return gathered.masked_fill(
         is_past_end.reshape(*index.shape, *[1] * (steps.ndim - 2)), torch.nan
     )
+
+
+def last_hidden_states(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """States of the last token after every decoder layer, every intervention off.
+
+    Args:
+        model: A transformers vision-language model, or a PEFT model around one.
+        inputs: Arguments of one forward, padded on the left.
+
+    Returns:
+        ``[batch, layers, hidden]`` in the model's dtype.
+
+    Raises:
+        UnsupportedModelError: The model cannot be steered at all.
+    """
+    with steer(model, None):
+        info = inspect_model(model)
+        probe = Probe(taps=frozenset(info.layers))
+        token = ACTIVE.set(probe)
+        try:
+            with torch.inference_mode():
+                info.model(**inputs)
+        finally:
+            ACTIVE.reset(token)
+    return states_after(probe.states, range(info.n_layers))

@@ -1,0 +1,51 @@
+"""Files that methods need, made on the command line."""
+
+import json
+
+import pytest
+
+from vlm_steer.directions import Directions
+
+
+@pytest.fixture
+def pairs(tmp_path, pictures):
+    """A file of pairs about the pictures."""
+    path = tmp_path / "pairs.jsonl"
+    pair = {"question": "What is there?", "value": "a cat", "h_value": "a dog and a red ball"}
+    names = [str(picture) for picture in pictures[:2]]
+    path.write_text("\n".join(json.dumps({"image": name, **pair}) for name in names))
+    return path
+
+
+def test_directions_are_built_and_steer(run, pairs, pictures, tmp_path):
+    output = tmp_path / "d.safetensors"
+    options = ("--model", "tiny", "--pairs", pairs, "--images", "/", "--output", output)
+    code, out, _ = run("build", "vti", *options)
+    assert code == 0
+    assert "6 directions" in out
+    made = Directions.load(output)
+    assert made.made_of["pairs"] == 2
+    code, out, _ = run(
+        *("generate", "--model", "tiny", "--image", pictures[0], "--prompt", "What is there?"),
+        *("--method", "vti", "--set", f"vti.directions={output}", "--set", "vti.strength=4"),
+        *("--max-new-tokens", 4, "--json"),
+    )
+    assert code == 0
+    assert json.loads(out)["effects"][0]["vti"]["layers"]["0"]["rows"] > 0
+
+
+def test_a_file_is_not_overwritten(run, pairs, tmp_path):
+    output = tmp_path / "d.safetensors"
+    output.write_bytes(b"mine")
+    options = ("--model", "tiny", "--pairs", pairs, "--images", "/", "--output", output)
+    code, _, err = run("build", "vti", *options)
+    assert (code, output.read_bytes()) == (2, b"mine")
+    assert "exists already" in err
+
+
+def test_missing_pairs_fail_by_name(run, tmp_path):
+    options = ("--pairs", tmp_path / "no.jsonl", "--images", tmp_path)
+    output = tmp_path / "d.safetensors"
+    code, _, err = run("build", "vti", "--model", "tiny", *options, "--output", output)
+    assert code == 1
+    assert "do not exist" in err

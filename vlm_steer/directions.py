@@ -1,0 +1,100 @@
+"""Steering vectors on disk: one direction per decoder layer, and what they were made of."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vlm_steer.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from vlm_steer.engine.model import ModelInfo
+
+__all__ = ["Directions"]
+
+_KEY = "directions"
+_FORMAT = "vlm_steer.directions/1"
+
+
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """One direction per decoder layer.
+
+    Attributes:
+        vectors: ``[layers, hidden]`` float32.
+        method: The method they were made for.
+        family: ``model_type`` of the model they were made on.
+        made_of: What they were made of, as plain data.
+    """
+
+    vectors: Tensor
+    method: str
+    family: str
+    made_of: dict[str, object]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write them to a safetensors file."""
+        metadata = {
+            "format": _FORMAT,
+            "method": self.method,
+            "family": self.family,
+            "made_of": json.dumps(self.made_of),
+        }
+        vectors = self.vectors.detach().float().cpu().contiguous()
+        save_file({_KEY: vectors}, path, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Directions":
+        """Read what ``save`` wrote.
+
+        Raises:
+            DataError: There is no such file, or it holds something else.
+        """
+        name = os.fspath(path)
+        if not Path(path).is_file():
+            raise DataError(f"directions {name} do not exist. Make them with vlm-steer build.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT or list(file.keys()) != [_KEY]:
+                    raise DataError(
+                        f"{name} holds no directions of vlm-steer (format "
+                        f"{metadata.get('format')!r} instead of {_FORMAT!r}). Make them with "
+                        "vlm-steer build."
+                    )
+                vectors = file.get_tensor(_KEY)
+        except SafetensorError as error:
+            raise DataError(f"{name} is no safetensors file, or is damaged: {error}.") from error
+        if vectors.ndim != 2 or not bool(torch.isfinite(vectors).all()):
+            raise DataError(
+                f"{name} holds a tensor of shape {list(vectors.shape)} or with values that are "
+                "not finite; directions are finite and of shape [layers, hidden]."
+            )
+        return cls(
+            vectors=vectors.float(),
+            method=metadata.get("method", ""),
+            family=metadata.get("family", ""),
+            made_of=json.loads(metadata.get("made_of", "{}")),
+        )
+
+    def check(self, method: str, model: "ModelInfo") -> None:
+        """Refuse a model or a method that these directions were not made for.
+
+        Raises:
+            ConfigError: They were made for another method, family or size.
+        """
+        size = (model.n_layers, int(model.text_config.hidden_size))
+        mine = (self.method, self.family, *self.vectors.shape)
+        if mine != (method, model.family, *size):
+            raise ConfigError(
+                f"{method}: these directions were made for {self.method} on {self.family} with "
+                f"{self.vectors.shape[0]} layers of {self.vectors.shape[1]}, but this is {method} "
+                f"on {model.family} with {size[0]} layers of {size[1]}. Make them anew with "
+                "vlm-steer build."
+            )
