@@ -7,6 +7,7 @@ process, and medians of the ratios of neighbours are reported.
 
 import gc
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,7 @@ from transformers import (
 
 import vlm_steer
 from vlm_steer.config import Spec, resolve
+from vlm_steer.directions import Directions
 from vlm_steer.errors import ConfigError, SteerWarning
 
 __all__ = ["SETTINGS", "SHAPES", "Cost", "Shape", "build_model", "every_arm", "measure_overhead"]
@@ -167,16 +169,28 @@ def measure_overhead(
     """
     if shape not in SHAPES:
         raise ConfigError(f"bench: shape {shape!r} is not known. Shapes: {', '.join(SHAPES)}.")
-    specs = {arm: resolve(SETTINGS.get(arm, arm)) for arm in arms}
+    specs: dict[str, Spec] = {arm: resolve(SETTINGS.get(arm, arm)) for arm in arms}
     model = build_model(SHAPES[shape], image_tokens, device=device, dtype=dtype)
     inputs = _inputs(model, image_tokens)
     costs = []
     plans = [("sdpa", arm) for arm in arms]
     plans += [("eager", arm) for arm in ("none", *arms)] if with_eager else []
-    for attention, arm in tqdm(plans, desc=f"{image_tokens} image tokens", leave=False):
-        ratios = _ratios(model, inputs, specs.get(arm), attention, new_tokens, repeats)
-        costs.append(Cost(arm, attention, image_tokens, *ratios))
+    with tempfile.TemporaryDirectory() as folder:
+        if "vti" in specs:
+            specs["vti"] = {"method": "vti", "directions": _random_directions(model, folder)}
+        for attention, arm in tqdm(plans, desc=f"{image_tokens} image tokens", leave=False):
+            ratios = _ratios(model, inputs, specs.get(arm), attention, new_tokens, repeats)
+            costs.append(Cost(arm, attention, image_tokens, *ratios))
     return costs
+
+
+def _random_directions(model: PreTrainedModel, folder: str) -> str:
+    """A file of directions for the random model; what they point at does not cost time."""
+    config = model.config.get_text_config(decoder=True)
+    vectors = torch.randn(config.num_hidden_layers, config.hidden_size)
+    path = f"{folder}/vti.safetensors"
+    Directions(vectors, "vti", str(model.config.model_type), {}).save(path)
+    return path
 
 
 def _ratios(
