@@ -74,6 +74,9 @@ ACTIVE = {
             {"method": "vcd", "alpha": 0.5, "noise_step": 400},
         ]
     },
+    "avisc": {"method": "avisc", "alpha": 1.0},
+    "sid": {"method": "sid", "keep": 0.3},
+    "rbd": {"method": "rbd", "keep": 0.3},
     "pai+vcd": {"methods": [{"method": "pai", "gamma": 1.0}, {"method": "vcd"}]},
     "var+vhr": {
         "methods": [
@@ -110,11 +113,17 @@ NEUTRAL = {
     "m3id": {"method": "m3id", "lam": 0.0},
     "icd": {"method": "icd", "alpha": 0.0, "beta": 0.0},
     "lqcd": {"method": "lqcd", "alpha": 0.0, "beta": 0.0},
+    "avisc": {"method": "avisc", "alpha": 0.0, "beta": 0.0},
+    "sid": {"method": "sid", "alpha": 0.0, "beta": 0.0},
+    "rbd": {"method": "rbd", "alpha": 0.0, "gamma": 0.0, "beta": 0.0},
 }
 """Parameters at which a method is the unsteered model. ``mma`` has none: it has no strength."""
 
 REFUSALS = {
+    ("mllama", "avisc"): "cross-attention",
     ("mllama", "mma"): "cross-attention",
+    ("mllama", "rbd"): "cross-attention",
+    ("mllama", "sid"): "cross-attention",
     ("mllama", "var"): "cross-attention",
     ("mllama", "var+vhr"): "cross-attention",
     ("mllama", "vaf_heads"): "cross-attention",

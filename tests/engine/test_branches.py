@@ -10,7 +10,8 @@ from tests.families import zoo
 from vlm_steer.engine.active import ACTIVE
 from vlm_steer.engine.hooks import LogitsAt
 from vlm_steer.errors import UnsupportedModelError
-from vlm_steer.methods.vcd import VCD, _noised
+from vlm_steer.methods._noise import noised_images
+from vlm_steer.methods.vcd import VCD
 
 pytestmark = pytest.mark.filterwarnings("ignore::vlm_steer.errors.SteerWarning")
 
@@ -44,7 +45,9 @@ def test_negative_stream_at_step_three_equals_a_full_forward_of_the_negative_inp
             **batch, max_new_tokens=4, do_sample=False, return_dict_in_generate=True
         )
     tokens = output.sequences[:, -4:]
-    pixels = _noised(batch["pixel_values"], _sizes(batch), step=method.noise_step, seed=method.seed)
+    pixels = noised_images(
+        batch["pixel_values"], _sizes(batch), step=method.noise_step, seed=method.seed
+    )
     negative = {**batch, "pixel_values": pixels} | _longer(family, batch, tokens[:, :3])
     with torch.no_grad():
         expected = family.model(**negative, use_cache=False).logits[:, -1].float()
@@ -139,17 +142,17 @@ def test_several_return_sequences_keep_their_own_branch() -> None:
 
 def test_noise_is_a_function_of_image_and_seed_alone() -> None:
     pixels = torch.randn(3, 3, 8, 8)
-    together = _noised(pixels, None, step=500, seed=1)
+    together = noised_images(pixels, None, step=500, seed=1)
     torch.manual_seed(99)
-    alone = _noised(pixels[2:], None, step=500, seed=1)
+    alone = noised_images(pixels[2:], None, step=500, seed=1)
     assert torch.equal(together[2:], alone)
-    assert not torch.equal(alone, _noised(pixels[2:], None, step=500, seed=2))
+    assert not torch.equal(alone, noised_images(pixels[2:], None, step=500, seed=2))
 
 
 def test_all_zero_padding_images_stay_padding() -> None:
     pixels = torch.randn(1, 2, 3, 8, 8)
     pixels[0, 1] = 0
-    noised = _noised(pixels, None, step=500, seed=0)
+    noised = noised_images(pixels, None, step=500, seed=0)
     assert torch.equal(noised[0, 1], pixels[0, 1])
     assert not torch.equal(noised[0, 0], pixels[0, 0])
 

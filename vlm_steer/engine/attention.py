@@ -191,8 +191,8 @@ class _Rows:
     def steer(self, outputs: Tensor) -> None:
         """Write the steered rows into ``outputs`` ``[batch, rows, heads, value_dim]``."""
         length = self.query.shape[2]
-        writers = self.work.scores + self.work.weights
-        first = self.forward.first_row(writers + self.work.look)
+        writers = self.acting.scores + self.acting.weights
+        first = self.forward.first_row(writers + self.acting.look)
         for start in range(first, length, _BLOCK):
             rows = (start, min(start + _BLOCK, length))
             weights = self._weights(*rows)
@@ -202,7 +202,7 @@ class _Rows:
                 outputs[:, slice(*rows)] = torch.where(is_changed, self._outputs(weights), old)
             if rows[1] == length:
                 self._observe(weights[:, :, -1])
-        if first == length and self.work.observe:
+        if first == length and (self.acting.observe or self.acting.choose):
             self._observe(self._weights(length - 1, length)[:, :, -1])
 
     def _outputs(self, weights: Tensor) -> Tensor:
@@ -250,7 +250,7 @@ class _Rows:
     def _look(self, scores: Tensor, weights: Tensor, rows: tuple[int, int]) -> None:
         """Show ``[batch, heads, rows, key]`` of a block of rows to the ``look`` hooks."""
         for bound, stream in self.acting.look:
-            start = max(rows[0], self.forward.first_row([bound]))
+            start = max(rows[0], self.forward.first_row([(bound, stream)]))
             if start < rows[1]:
                 at = self._at(bound, stream, (start, rows[1]))
                 block = (stream.batch, slice(None), slice(start - rows[0], None))
@@ -321,8 +321,12 @@ class _Rows:
         return is_changed
 
     def _observe(self, weights: Tensor) -> None:
-        """Hand the weights ``[batch, heads, key]`` of the predicting row to the observers."""
+        """Hand the weights ``[batch, heads, key]`` of the predicting row to who asked for them."""
         length = self.query.shape[2]
+        for bound, stream in self.acting.choose:
+            at = self._at(bound, stream, (length - 1, length))
+            chosen = bound.method.choose(weights[stream.batch], at)
+            self.forward.keep_chosen(bound, stream, self.layer, chosen)
         for bound, stream in self.acting.observe:
             at = self._at(bound, stream, (length - 1, length))
             seen = bound.method.observe(weights[stream.batch], at)
@@ -341,8 +345,8 @@ def _put(tensor: Tensor, batch: slice, part: Tensor) -> Tensor:
 def _edited_heads(forward: Forward, work: Work, outputs: Tensor, seen: _Seen) -> Tensor:
     """Apply the ``heads`` hooks to ``[batch, rows, heads, head_dim]``."""
     length = outputs.shape[1]
-    for bound, stream in forward.acting(work.heads):
-        start = forward.first_row([bound])
+    for bound, stream in forward.acting("heads", work.heads):
+        start = forward.first_row([(bound, stream)])
         if start == length:
             continue
         columns = forward.no_columns(stream, outputs.device)
@@ -374,8 +378,8 @@ def _edited_mask(
     length, n_keys = query.shape[2], key.shape[2]
     acting = [
         (bound, stream)
-        for bound, stream in forward.acting(work.mask)
-        if forward.first_row([bound]) < length
+        for bound, stream in forward.acting("mask", work.mask)
+        if forward.first_row([(bound, stream)]) < length
     ]
     if not acting:
         return EditedMask(attention_mask, attention_mask)

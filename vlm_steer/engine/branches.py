@@ -28,6 +28,7 @@ from vlm_steer.engine.inputs import (
     mask_of,
     n_rows,
     n_tokens,
+    one_token,
     patches_per_image,
     pixel_names,
     token_tensor,
@@ -216,6 +217,11 @@ class _Running:
             return None
         return positions[..., -new:] + self.delta  # type: ignore[no-any-return]
 
+    def follow_choice(self, user: Stream) -> None:
+        """Know what the method chose in the user's stream."""
+        index = self.bound.index
+        self.stream.chosen.update({k: v for k, v in user.chosen.items() if k[0] == index})
+
     def forget_prompt(self) -> None:
         """Let go of pixels and features once the cache holds what was made of them."""
         self.prompt = {"past_key_values": self.prompt["past_key_values"]}
@@ -317,9 +323,11 @@ class Branches:
         return self._join_step(parts)
 
     def _try_to_pair(self, kwargs: dict[str, Any], past: int) -> dict[str, Any] | None:
+        waits = any(running.branch.after_user for running in self._running)
         lacks_image = any(running.branch.drop_image for running in self._running)
         can_pair = (
             self.backend != "separate"
+            and not waits
             and self.source.raw is not None
             and past == 0
             and kwargs.get("past_key_values") is not None
@@ -396,6 +404,8 @@ class Branches:
         self, owner: nn.Module, running: _Running, kwargs: Mapping[str, Any], past: int
     ) -> Tensor:
         if self._is_first:
+            if running.branch.after_user:
+                running.follow_choice(self.call.positive)
             if kwargs.get("past_key_values") is None:
                 running.empty_cache = copy.deepcopy(running.prompt["past_key_values"])
             logits = self._forward(owner, running, running.prompt, 0)
@@ -418,7 +428,14 @@ class Branches:
         running.mask = running.mask[:, :prompt_length]
         self._forward(owner, running, running.prompt, 0)
         new = length - self._length
-        return self._forward(owner, running, running.follow(kwargs, new), prompt_length)
+        step = running.follow(kwargs, new)
+        if not running.bound.chooses_anew:
+            return self._forward(owner, running, step, prompt_length)
+        # Every token was generated under a choice of its own, so they are passed one by one.
+        for index in range(new):
+            past = prompt_length + index
+            logits = self._forward(owner, running, one_token(step, index, past), past)
+        return logits
 
     def _forward(
         self, owner: nn.Module, running: _Running, arguments: dict[str, Any], past: int

@@ -38,6 +38,7 @@ class Stream:
     marks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     memo: dict[tuple[int, int, str], Tensor] = field(default_factory=dict)
     prepared: dict[int, Any] = field(default_factory=dict)
+    chosen: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     taps: dict[int, Tensor] = field(default_factory=dict)
     grid: Grid | None = None
     shift: Tensor | None = None
@@ -62,8 +63,10 @@ class Stream:
         """Whether this is the user's own stream."""
         return self.name == "positive"
 
-    def in_scope(self, bound: Bound) -> bool:
-        """Whether a method acts on this stream."""
+    def in_scope(self, bound: Bound, hook: str) -> bool:
+        """Whether a hook of a method acts on this stream."""
+        if (own := bound.method.own.get(hook)) is not None:
+            return self.name == bound.key(own)
         scope = bound.method.scope
         return scope == "all" or (scope == "positive") == self.is_positive
 
@@ -111,6 +114,7 @@ class Acting:
     scores: tuple[tuple[Bound, Stream], ...]
     weights: tuple[tuple[Bound, Stream], ...]
     look: tuple[tuple[Bound, Stream], ...]
+    choose: tuple[tuple[Bound, Stream], ...]
     observe: tuple[tuple[Bound, Stream], ...]
     replaces_rows: bool
 
@@ -218,9 +222,9 @@ class Forward:
         """What to do at an attention site."""
         return self.call.plan.work.get(site)
 
-    def acting(self, bounds: Iterable[Bound]) -> list[tuple[Bound, Stream]]:
-        """Methods with the streams of this pass that they act on."""
-        return [(b, stream) for b in bounds for stream in self.streams if stream.in_scope(b)]
+    def acting(self, hook: str, bounds: Iterable[Bound]) -> list[tuple[Bound, Stream]]:
+        """Methods with the streams of this pass that one of their hooks acts on."""
+        return [(b, stream) for b in bounds for stream in self.streams if stream.in_scope(b, hook)]
 
     def acting_at(self, work: Work) -> Acting:
         """Who acts at an attention site; worked out once per generation for decoding steps."""
@@ -233,13 +237,19 @@ class Forward:
         return known[key]
 
     def _acting_at(self, work: Work) -> Acting:
-        scores, weights = self.acting(work.scores), self.acting(work.weights)
-        look = self.acting(work.look)
+        scores, weights = self.acting("scores", work.scores), self.acting("weights", work.weights)
+        look = self.acting("look", work.look)
+        choose = [
+            (bound, stream)
+            for bound, stream in self.acting("choose", work.choose)
+            if self.call.step == 0 or not bound.method.chooses_once
+        ]
         return Acting(
             scores=tuple(scores),
             weights=tuple(weights),
             look=tuple(look),
-            observe=tuple(self.acting(work.observe)),
+            choose=tuple(choose),
+            observe=tuple(self.acting("observe", work.observe)),
             replaces_rows=any(
                 self.every_row_changes(b.method.rows) for b, _ in scores + weights + look
             ),
@@ -261,9 +271,9 @@ class Forward:
             self._closed[key] = (mask, block)  # holding the mask keeps its id its own
         return self._closed[key][1]
 
-    def first_row(self, bounds: Iterable[Bound]) -> int:
+    def first_row(self, acting: Iterable[tuple[Bound, Stream]]) -> int:
         """First query row that any of the methods may touch; ``length`` when none may."""
-        starts = [self._start(bound.method.rows, stream) for bound, stream in self.acting(bounds)]
+        starts = [self._start(bound.method.rows, stream) for bound, stream in acting]
         return min(starts, default=self.length)
 
     def _start(self, rows: Rows, stream: Stream) -> int:
@@ -355,6 +365,7 @@ class Forward:
             plan=bound.constants,
             prepared=stream.prepared.get(bound.index),
             grid=self.grid(bound, stream),
+            chosen=self._chosen(bound, stream, columns.kinds.shape[1]),
             on_rows=partial(self._on_rows, rows),
             on_keys=partial(_fit, n_keys=columns.kinds.shape[1], total=self.total),
             is_own=partial(self._is_own, rows, columns),
@@ -365,6 +376,19 @@ class Forward:
             carried=self._carried.get((bound.index, stream.name)),
             image_features=self._image_features(bound, stream, device),
         )
+
+    def keep_chosen(self, bound: Bound, stream: Stream, layer: int, chosen: Tensor) -> None:
+        """Remember ``[batch, ..., key]`` of a layer's ``choose`` hook, on the axis of positions."""
+        missing = self.total - chosen.shape[-1]
+        chosen = torch.nn.functional.pad(chosen, (max(missing, 0), 0))[..., : self.total]
+        stream.chosen[bound.index, layer] = chosen
+
+    def _chosen(self, bound: Bound, stream: Stream, n_keys: int) -> dict[int, Tensor]:
+        return {
+            layer: _fit(chosen, n_keys or self.total, self.total)
+            for (index, layer), chosen in stream.chosen.items()
+            if index == bound.index
+        }
 
     def _on_rows(self, rows: tuple[int, int], values: Tensor) -> Tensor:
         missing = max(self.total - values.shape[1], 0)
@@ -424,7 +448,7 @@ class Forward:
             counted = (is_token.long().cumsum(dim=1) - 1).clamp(min=0)
             positions = counted
             for bound in self.call.plan.positions:
-                if not stream.in_scope(bound):
+                if not stream.in_scope(bound, "positions"):
                     continue
                 at = PromptAt(columns, self.grid(bound, stream), bound.constants)
                 new = bound.method.positions(positions, at)
@@ -450,7 +474,7 @@ class Forward:
         if self.is_decoding:
             return
         hidden = one_stream(hidden)
-        for bound, stream in self.acting(self.call.plan.marks.get(layer, ())):
+        for bound, stream in self.acting("marks", self.call.plan.marks.get(layer, ())):
             columns = self.no_columns(stream, hidden.device)
             at = self.at(bound, stream, layer, (0, self.length), columns)
             is_prompt = at.row_kinds
@@ -471,7 +495,7 @@ class Forward:
     def carry(self, layer: int, hidden: Tensor) -> None:
         """Let methods hand on a state, given a layer's input ``[batch, rows, hidden]``."""
         hidden = one_stream(hidden)
-        for bound, stream in self.acting(self.call.plan.carry.get(layer, ())):
+        for bound, stream in self.acting("carry", self.call.plan.carry.get(layer, ())):
             key = (bound.index, stream.name)
             before = self._carried.get(key)
             if before is not None:
@@ -506,13 +530,13 @@ class Forward:
 
     def edit(
         self,
-        hook: Literal["hidden", "mlp"],
+        hook: Literal["hidden", "mlp", "embeds"],
         layer: int,
         bounds: Iterable[Bound],
         tensor: Tensor,
         given: Tensor | None = None,
     ) -> Tensor:
-        """Apply ``hidden`` or ``mlp`` hooks to ``[batch, rows, hidden]``.
+        """Apply ``hidden``, ``mlp`` or ``embeds`` hooks to ``[batch, rows, hidden]``.
 
         Some MLPs flatten batch and rows, and some residuals run in several streams,
         ``[batch, rows, n, hidden]``, which are edited one by one.
@@ -533,8 +557,8 @@ class Forward:
         if tensor.ndim == 4:
             parts = [self.edit(hook, layer, bounds, part, given) for part in tensor.unbind(dim=2)]
             return torch.stack(parts, dim=2)
-        for bound, stream in self.acting(bounds):
-            start = self.first_row([bound])
+        for bound, stream in self.acting(hook, bounds):
+            start = self.first_row([(bound, stream)])
             if start == self.length:
                 continue
             columns = self.no_columns(stream, tensor.device)
@@ -584,8 +608,8 @@ def _packed(embeds: Tensor, chosen: Tensor) -> Tensor:
 
 
 def _fit(marks: Tensor, n_keys: int, total: int) -> Tensor:
-    """Marks ``[batch, marked]`` on the key axis of a layer; later positions are unmarked."""
-    missing = max(total, n_keys) - marks.shape[1]
+    """Marks ``[..., marked]`` on the key axis of a layer; later positions are unmarked."""
+    missing = max(total, n_keys) - marks.shape[-1]
     if missing > 0:
         marks = torch.nn.functional.pad(marks, (0, missing))
-    return marks[:, total - n_keys : total] if n_keys <= total else marks[:, :n_keys]
+    return marks[..., total - n_keys : total] if n_keys <= total else marks[..., :n_keys]

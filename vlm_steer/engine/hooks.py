@@ -10,6 +10,7 @@ The hooks, in the order in which data passes them:
 ``branches``    which extra streams to run beside the user's (a noised image, no image, ...)
 ``prepare``     passes before generation, such as one forward without the image
 ``positions``   position ids of the prompt; generated tokens go on from its last one
+``embeds``      what enters the first layer, for the rows of the prompt
 ``mask``        which query row may attend to which key column; a row of cross-attention that may
                 attend to nothing any more gets nothing, zeros
 ``marks``       a read-only look at a layer's input that marks key columns (sinks)
@@ -17,6 +18,8 @@ The hooks, in the order in which data passes them:
 ``scores``      attention scores of the steered rows, before the mask and the softmax
 ``weights``     attention weights of the steered rows, after the softmax
 ``look``        a read-only look at the attention of the steered rows, for ``heads`` to use
+``choose``      a read-only look at the predicting row's attention that selects image tokens, for
+                later layers, and for the method's own branch
 ``heads``       per-head outputs before the output projection
 ``mlp``         output of a layer's MLP
 ``hidden``      residual stream after a layer
@@ -101,12 +104,15 @@ class Branch:
             ``None`` keeps them. Dimension 0 of the tensor runs over images, or over the patches
             of all images, of which the i-th image has ``sizes[i]``.
         insert: Text to add to the prompt.
+        after_user: Never run the prompt in one batch with the user's, since it needs what the
+            ``choose`` hook found there.
     """
 
     name: str
     drop_image: bool = False
     pixels: Callable[[Tensor, tuple[int, ...] | None], Tensor] | None = None
     insert: Insertion | None = None
+    after_user: bool = False
 
 
 class Columns:
@@ -247,6 +253,8 @@ class At:
             nowhere in cross-attention.
         once: ``once(name, make)`` returns ``make()`` of the first call in this generation, per
             method, layer and stream.
+        chosen: What the method's own ``choose`` hook returned, by the layer it saw, brought to the
+            key columns of this layer (to those of the prompt in ``embeds``).
         seen: In the ``heads`` hook, what the method's own ``look`` hook returned for these rows.
         softmax: In the ``scores`` hook, ``softmax(scores)`` are the attention weights that scores
             of the rows at hand become under their mask.
@@ -275,6 +283,7 @@ class At:
     on_keys: Callable[[Tensor], Tensor]
     is_own: Callable[[], Tensor]
     once: Callable[[str, Callable[[], Tensor]], Tensor]
+    chosen: Mapping[int, Tensor] = field(default_factory=dict)
     seen: Tensor | None = None
     softmax: Callable[[Tensor], Tensor] = _no_softmax
     to_logits: ToLogits = no_logits
@@ -348,16 +357,8 @@ class Reference:
 
 
 _LAYER_HOOKS = (
-    "mask",
-    "marks",
-    "carry",
-    "scores",
-    "weights",
-    "look",
-    "heads",
-    "mlp",
-    "hidden",
-    "observe",
+    *("embeds", "mask", "marks", "carry", "scores", "weights", "look", "choose"),
+    *("heads", "mlp", "hidden", "observe"),
 )
 
 
@@ -394,12 +395,18 @@ class Method(metaclass=_Strict):
             cannot be verified is refused. Tapping layers implies it.
         needs_image_features: The method reads ``At.image_features``.
         needs_grid: The method needs to know where image tokens lie in their image.
+        own: Hooks that act on a branch of the method's own and nowhere else, whatever ``scope``
+            says: name of the hook to name of the branch.
+        chooses_once: The ``choose`` hook sees the prompt's last row only, not those of generated
+            tokens.
         observer: The method only reads, so it is never reported as having had no effect.
     """
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     rows: ClassVar[Rows] = "last"
+    own: ClassVar[Mapping[str, str]] = {}
+    chooses_once: ClassVar[bool] = False
     observer: ClassVar[bool] = False
     attends: ClassVar[Attends] = "self"
     needs_image_tokens: ClassVar[bool] = False
@@ -439,6 +446,10 @@ class Method(metaclass=_Strict):
         """Indices of the decoder layers to act on."""
         return select(self.layers, model.n_layers)
 
+    def layers_of(self, hook: str, layers: frozenset[int], model: "ModelInfo") -> Iterable[int]:
+        """Layers in which one attention hook acts, out of or beside those selected."""
+        return layers
+
     def select_taps(self, model: "ModelInfo") -> tuple[int, ...]:
         """Layers whose output at the last row ``LogitsAt.early_logits`` reads; none by default."""
         return ()
@@ -472,6 +483,10 @@ class Method(metaclass=_Strict):
         return positions
 
     # -- in every forward -------------------------------------------------------------------
+    def embeds(self, embeds: Tensor, at: At) -> Tensor:
+        """``[batch, prompt, hidden]`` input of the first layer; same shape back."""
+        return embeds
+
     def mask(self, allowed: Tensor, at: At) -> Tensor:
         """``[batch, rows, key]`` bool, ``True`` where the row may attend; same shape back."""
         return allowed
@@ -532,6 +547,14 @@ class Method(metaclass=_Strict):
     def plausible(self, at: LogitsAt) -> Tensor | None:
         """``[batch, vocabulary]`` bool, which tokens stay possible; ``None`` keeps all."""
         return None
+
+    def choose(self, weights: Tensor, at: At) -> Tensor:
+        """``[batch, heads, key]`` weights of the row that predicts -> ``[batch, ..., key]``.
+
+        Later layers of the same stream find it in ``At.chosen``, and so does a branch that runs
+        after the user's stream.
+        """
+        raise NotImplementedError
 
     def observe(self, weights: Tensor, at: At) -> Tensor:
         """``[batch, heads, key]`` weights of the row that predicts the next token -> a record."""

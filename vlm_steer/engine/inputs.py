@@ -20,6 +20,7 @@ __all__ = [
     "mask_of",
     "n_rows",
     "n_tokens",
+    "one_token",
     "patches_per_image",
     "pixel_names",
     "place_mask",
@@ -168,6 +169,21 @@ def last_tokens(
         elif is_cross_mask or not _is_of_image(name):
             step[name] = value
     return step
+
+
+def one_token(step: Mapping[str, Any], index: int, past: int) -> dict[str, Any]:
+    """Arguments for one of the tokens of a decoding step, ``past`` positions being before it."""
+    rows, tokens = n_rows(step), n_tokens(step)
+    one: dict[str, Any] = {}
+    for name, value in step.items():
+        if name == "position_ids" and value is not None:
+            value = value[..., index : index + 1]
+        elif name == "attention_mask" and value is not None:
+            value = value[:, : past + 1]
+        elif is_per_token(name, value, rows, tokens):
+            value = value[:, index : index + 1]
+        one[name] = value
+    return one
 
 
 def add_rows(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -14,9 +14,9 @@ __all__ = ["Bound", "Plan", "Work", "make_plan"]
 
 _ROW_HOOKS = ("scores", "weights", "look", "heads", "mlp", "hidden")
 _PROMPT_HOOKS = ("prepare", "positions", "mask")
-_ATTENTION_HOOKS = ("mask", "scores", "weights", "look", "heads", "observe")
+_ATTENTION_HOOKS = ("mask", "scores", "weights", "look", "choose", "heads", "observe")
 _LAYER_HOOKS = ("hidden", "mlp")
-_ROW_HOOKS = ("scores", "weights", "look", "observe")
+_RECOMPUTED = ("scores", "weights", "look", "choose", "observe")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -43,7 +43,16 @@ class Bound:
 
     def branch_key(self, branch: Branch) -> str:
         """Name of a branch, unique within the plan."""
-        return f"{self.index}:{branch.name}"
+        return self.key(branch.name)
+
+    @property
+    def chooses_anew(self) -> bool:
+        """Whether its own branch depends on a choice made at every token."""
+        return "choose" in self.method.own and not self.method.chooses_once
+
+    def key(self, name: str) -> str:
+        """Name within the plan of the branch that the method calls so."""
+        return f"{self.index}:{name}"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -55,13 +64,14 @@ class Work:
     scores: tuple[Bound, ...]
     weights: tuple[Bound, ...]
     look: tuple[Bound, ...]
+    choose: tuple[Bound, ...]
     heads: tuple[Bound, ...]
     observe: tuple[Bound, ...]
 
     @property
     def needs_rows(self) -> bool:
         """Whether rows of the attention matrix have to be computed."""
-        return bool(self.scores or self.weights or self.look or self.observe)
+        return bool(self.scores or self.weights or self.look or self.choose or self.observe)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +83,7 @@ class Plan:
         bounds: The methods that do something, neutral ones left out.
         methods: All methods as configured.
         work: What to do at each attention site that has anything to do.
-        positions: Methods with that hook.
+        positions, embeds: Methods with that hook.
         marks, carry, hidden, mlp: Methods with that hook, by layer.
         taps: Layers whose output at the last row is kept for the ``logits`` hooks.
     """
@@ -83,6 +93,7 @@ class Plan:
     bounds: tuple[Bound, ...]
     work: dict[AttentionSite, Work]
     positions: tuple[Bound, ...]
+    embeds: tuple[Bound, ...]
     marks: dict[int, tuple[Bound, ...]]
     carry: dict[int, tuple[Bound, ...]]
     hidden: dict[int, tuple[Bound, ...]]
@@ -167,6 +178,7 @@ def make_plan(methods: Sequence[Method], model: ModelInfo, processor: Any = None
         bounds=tuple(bounds),
         work=work,
         positions=tuple(bound for bound in bounds if bound.method.overrides("positions")),
+        embeds=tuple(bound for bound in bounds if bound.method.overrides("embeds")),
         marks=_by_layer("marks", bounds),
         carry=_by_layer("carry", bounds),
         hidden=_by_layer("hidden", bounds),
@@ -203,7 +215,7 @@ def _check(method: Method, model: ModelInfo) -> None:
             "Turn this part of the method off, or use another one."
         )
     unknown = sorted(model.score_options - KNOWN_SCORE_OPTIONS)
-    if unknown and any(method.overrides(hook) for hook in _ROW_HOOKS):
+    if unknown and any(method.overrides(hook) for hook in _RECOMPUTED):
         raise UnsupportedModelError(
             f"{method.name} recomputes attention rows, but the attention of {model.family} takes "
             f"{', '.join(unknown)}, whose meaning the engine does not know. Use a method that acts "
@@ -267,13 +279,14 @@ def _tapped_layers(bounds: Sequence[Bound], model: ModelInfo) -> frozenset[int]:
 
 
 def _work_at(site: AttentionSite, bounds: Sequence[Bound], model: ModelInfo) -> Work | None:
-    here = [
-        bound
-        for bound in bounds
-        if site.layer in bound.layers and _attends(bound.method, site, model)
-    ]
+    here = [bound for bound in bounds if _attends(bound.method, site, model)]
     hooks = {
-        hook: tuple(bound for bound in here if bound.method.overrides(hook))
+        hook: tuple(
+            bound
+            for bound in here
+            if bound.method.overrides(hook)
+            and site.layer in bound.method.layers_of(hook, bound.layers, model)
+        )
         for hook in _ATTENTION_HOOKS
     }
     return Work(site=site, **hooks) if any(hooks.values()) else None

@@ -410,6 +410,8 @@ class _Installation:
         for look in (_see_images, _move):
             hook = self.info.decoder.register_forward_pre_hook(look, with_kwargs=True)
             self._handles.append(hook)
+        first = self.info.layers[min(self.info.layers)]
+        self._handles.append(first.register_forward_pre_hook(_embedder, with_kwargs=True))
         for index, layer in self.info.layers.items():
             self._handles += [
                 layer.register_forward_pre_hook(_marker(index), with_kwargs=True),
@@ -573,6 +575,20 @@ def _move(
         return None
     kwargs = named_arguments(decoder, args, kwargs)
     return (), forward.moved(kwargs, token_tensor(kwargs))
+
+
+def _embedder(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """A hook on the first decoder layer's input that lets methods change embeddings."""
+    forward = ACTIVE.get()
+    if not isinstance(forward, Forward) or not forward.call.plan.embeds:
+        return None
+    bounds = forward.call.plan.embeds
+    if args:
+        return (forward.edit("embeds", 0, bounds, args[0]), *args[1:]), kwargs
+    embeds = forward.edit("embeds", 0, bounds, kwargs["hidden_states"])
+    return args, {**kwargs, "hidden_states": embeds}
 
 
 def _marker(layer: int) -> Callable[..., None]:

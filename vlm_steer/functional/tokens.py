@@ -78,7 +78,9 @@ def blind_tokens(weights: Tensor, visual: Tensor, *, gamma: float, lam: float) -
     return visual & (received >= mean + lam * std)
 
 
-def least_attended_tokens(weights: Tensor, visual: Tensor, *, count: int) -> Tensor:
+def least_attended_tokens(
+    weights: Tensor, visual: Tensor, *, count: int | Tensor, largest: bool = False
+) -> Tensor:
     """Marks the image tokens that one query row attends least, on average over heads (SID).
 
     The negative stream of arXiv 2408.02032 sees these alone from an early layer on.
@@ -86,12 +88,15 @@ def least_attended_tokens(weights: Tensor, visual: Tensor, *, count: int) -> Ten
     Args:
         weights: post-softmax row of the last token, `[batch, heads, key]` float.
         visual: bool `[batch, key]`.
-        count: how many to keep, >= 0; a row with fewer image tokens keeps them all.
+        count: how many to keep, >= 0, or one number per row, `[batch]`; a row with fewer image
+            tokens keeps them all.
+        largest: mark those it attends most instead.
 
     Returns:
         bool `[batch, key]`, True at the chosen image tokens.
     """
-    attention = upcast(weights).mean(1).masked_fill(~visual, torch.inf)
-    size = min(count, visual.shape[-1])
-    lowest = attention.topk(size, dim=-1, largest=False).indices
-    return torch.zeros_like(visual).scatter(-1, lowest, True) & visual
+    attention = upcast(weights).mean(1)
+    attention = (-attention if largest else attention).masked_fill(~visual, torch.inf)
+    rank = attention.argsort(dim=-1, stable=True).argsort(dim=-1)
+    limit = count[:, None] if isinstance(count, Tensor) else count
+    return (rank < limit) & visual
