@@ -49,6 +49,83 @@ def sink_tokens(
     return ((x.index_select(-1, dims) * scale).abs() > tau).any(-1)
 
 
+def secondary_sinks(
+    states: Tensor,
+    first: Tensor,
+    *,
+    center: Tensor | None = None,
+    received: Tensor | None = None,
+    mask: Tensor | None = None,
+    min_cosine: float = 0.8,
+    min_received: float = 5.0,
+) -> Tensor:
+    """Marks the tokens that point where the first token points, without naming dimensions.
+
+    Secondary sinks are born when the MLP of a middle layer writes a vector along the state of the
+    primary sink, the first token, and die when a later one removes it. A token j is marked when::
+
+        cos(x_j - c, x_first - c) > min_cosine   and   received_j > min_received / N
+
+    with N the number of tokens. On the residual stream this says which tokens are sinks now, on
+    the output of an MLP which become sinks there. The thresholds are ours, to be calibrated. The
+    first token is marked as well.
+
+    Args:
+        states: residual stream, or output of an MLP, `[batch, sequence, hidden]` float.
+        first: residual stream of the first token at this layer, `[hidden]` or `[batch, hidden]`.
+        center: state of an ordinary token, `[hidden]` or `[batch, hidden]`, subtracted from both,
+            since the states of many models share a large component; None subtracts nothing.
+        received: mean attention received, `[batch, sequence]`, see `received_attention`; None
+            leaves out the second condition.
+        mask: bool `[batch, sequence]`, real tokens; the others are never marked.
+        min_cosine: in [-1, 1].
+        min_received: in units of an even share of the attention, >= 0.
+
+    Returns:
+        bool `[batch, sequence]`.
+    """
+    x, direction = upcast(states), upcast(first)
+    if center is not None:
+        x = x - _per_token(upcast(center))
+        direction = direction - upcast(center)
+    is_marked = torch.cosine_similarity(x, _per_token(direction), dim=-1) > min_cosine
+    if mask is not None:
+        is_marked = is_marked & mask
+    if received is not None:
+        n_tokens = states.shape[1] if mask is None else mask.sum(-1, keepdim=True).clamp(min=1)
+        is_marked = is_marked & (received > min_received / n_tokens)
+    return is_marked
+
+
+def _per_token(state: Tensor) -> Tensor:
+    """`[hidden]` as it is, `[batch, hidden]` broadcast over tokens."""
+    return state if state.dim() == 1 else state[:, None, :]
+
+
+class SinkLifetimes(NamedTuple):
+    """From which layer to which a token is a sink.
+
+    Attributes:
+        birth: int64 `[batch, sequence]`, first layer that marks the token; -1 where none does.
+        death: int64 `[batch, sequence]`, last layer that marks it; -1 where none does.
+    """
+
+    birth: Tensor
+    death: Tensor
+
+
+def sink_lifetimes(marked: Tensor) -> SinkLifetimes:
+    """Returns the first and the last layer at which tokens are marked as sinks.
+
+    Args:
+        marked: bool `[layers, batch, sequence]`, for example from `secondary_sinks`.
+    """
+    layers = torch.arange(len(marked), device=marked.device)[:, None, None]
+    death = torch.where(marked, layers, -1).amax(0)
+    birth = torch.where(marked, layers, len(marked)).amin(0)
+    return SinkLifetimes(birth=torch.where(death < 0, -1, birth), death=death)
+
+
 def transfer_scales(source_mass: Tensor, target_mass: Tensor, *, keep: float) -> TransferScales:
     """Returns the column factors that move `1 - keep` of one group's attention to another.
 
@@ -136,7 +213,7 @@ def redistribute_sinks(
 
     Args:
         weights: post-softmax attention, `[batch, heads, query, key]` float.
-        sinks: bool `[batch, key]`.
+        sinks: bool `[batch, key]`, or `[batch, query, key]` where they differ from row to row.
         visual: bool `[batch, key]`.
         rows: bool `[batch, query]`, query rows that may be steered (text after the image).
         keep: fraction of their attention that sinks retain, in [0, 1]; 1 is identity, bitwise.
@@ -148,14 +225,14 @@ def redistribute_sinks(
         New weights, shape and dtype of `weights`.
     """
     a = upcast(weights)
-    sink, image = sinks[:, None, None, :], visual[:, None, None, :]
-    image_sinks = sinks & visual
+    sink = sinks[:, None, None, :] if sinks.dim() == 2 else sinks[:, None]
+    image = visual[:, None, None, :]
     scales = sink_transfer_scales(
         masked_sum(a, sink),
         masked_sum(a, sink & image),
         masked_sum(a, image),
         n_image=visual.sum(-1)[:, None, None],
-        eligible=(rows & image_sinks.any(-1, keepdim=True))[:, None, :],
+        eligible=rows[:, None, :] & (sink & image).any(-1),
         keep=keep,
         max_sink_ratio=max_sink_ratio,
         min_image_mass=min_image_mass,
