@@ -57,6 +57,7 @@ ACTIVE = {
     "m3id": {"method": "m3id", "lam": 0.3, "confidence": 1.0, "beta": 0.1},
     "cca": {"method": "cca"},
     "cca_mask": {"method": "cca", "parts": "mask"},
+    "pine": {"method": "pine", "segments": [[-5, -3], [-3, -1]]},
     # The tiny models have no tokenizer.
     "icd": {"method": "icd", "disturbance_ids": [30, 40, 50]},
     "lqcd": {"method": "lqcd", "leading_ids": [31, 41], "tail": 1},
@@ -161,6 +162,9 @@ NO_GRID = {
     "instructblip": "learned queries",
 }
 REFUSALS |= {(f, s): reason for f, reason in NO_GRID.items() for s in ("cca", "cca_mask")}
+REFUSALS |= {(f, "pine"): "window" for f in ("gemma3", "aya_vision")}
+REFUSALS |= {("paligemma", "pine"): "both directions"}
+REFUSALS |= {(f, "pine"): "several axes" for f in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")}
 REFUSALS |= {(f, "cca"): "several axes" for f in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")}
 
 WITHOUT_EFFECT = {

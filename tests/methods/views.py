@@ -22,6 +22,7 @@ def view(kinds: list[int], rows: int = 1, **fields: object) -> At:
         "marks": None,
         "plan": None,
         "prepared": None,
+        "prompt": columns,
         "grid": None,
         "on_rows": lambda values: values[:, len(kinds) - rows : len(kinds)],
         "on_keys": lambda values: values,

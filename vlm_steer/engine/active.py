@@ -30,12 +30,16 @@ class AttentionSite:
 class Probe:
     """A pass that steers nothing and collects head outputs or hidden states of the last row.
 
+    It can also watch all queries and keys.
+
     Attributes:
         sites: Attention modules whose head outputs to collect.
         layers: Layers at which to collect them.
         taps: Layers whose output to collect.
         outputs: The head outputs collected, ``[batch, heads, head_dim]`` by layer.
         states: The layers' outputs collected, ``[batch, hidden]`` by layer.
+        is_watching: Whether to collect queries and keys.
+        inputs: Those collected, ``[batch, heads, tokens, head_dim]`` by layer.
     """
 
     sites: dict[nn.Module, AttentionSite] = field(default_factory=dict)
@@ -43,6 +47,13 @@ class Probe:
     taps: frozenset[int] = frozenset()
     outputs: dict[int, Tensor] = field(default_factory=dict)
     states: dict[int, Tensor] = field(default_factory=dict)
+    is_watching: bool = False
+    inputs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def watch(self, site: AttentionSite, query: Tensor, key: Tensor) -> None:
+        """Keep queries and keys as the attention function gets them."""
+        if self.is_watching:
+            self.inputs[site.layer] = (query, key)
 
     def see(self, site: AttentionSite, outputs: Tensor) -> None:
         """Keep the last row of head outputs ``[batch, rows, heads, head_dim]``."""

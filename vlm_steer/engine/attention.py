@@ -6,7 +6,8 @@ calls the implementation that the model used before, for all rows, and recompute
 blocks of at most ``_BLOCK`` rows: no tensor is ever ``[batch, heads, sequence, sequence]``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -19,14 +20,15 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlm_steer.engine.active import ACTIVE, Probe
-from vlm_steer.engine.call import EditedMask, Forward, Mask, Stream, Touch, dense_rows
+from vlm_steer.engine.call import EditedMask, Forward, Mask, Stream, Touch, dense_rows, fit
 from vlm_steer.engine.hooks import At
 from vlm_steer.engine.model import KNOWN_SCORE_OPTIONS, eager_function
 from vlm_steer.engine.plan import Bound, Work
+from vlm_steer.engine.rotary import Rotation
 from vlm_steer.errors import UnsupportedModelError
 from vlm_steer.functional.fast import row_scores, weighted_values
 
-__all__ = ["base_name", "key_for", "steered_attention"]
+__all__ = ["base_name", "key_for", "routed", "steered_attention"]
 
 # transformers sniffs attention names for "flash", "sdpa" and "/", hence the aliases.
 _ALIASES = {
@@ -59,6 +61,22 @@ def key_for(implementation: str) -> str:
         # Without its own mask entry a registered name gets no mask at all: causality would go.
         AttentionMaskInterface.register(key, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
     return key
+
+
+@contextmanager
+def routed(configs: Sequence[Any]) -> Iterator[None]:
+    """Let a model that is not steered reach the attention function, for as long as it is watched.
+
+    What other threads run on the model meanwhile gets what its own kernel returns.
+    """
+    before = [config._attn_implementation for config in configs]
+    for config, implementation in zip(configs, before, strict=True):
+        config._attn_implementation_internal = key_for(implementation)
+    try:
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation_internal = implementation
 
 
 def base_name(key: str) -> str:
@@ -96,6 +114,7 @@ def steered_attention(
     if forward is None or site is None:
         return base(query, key, value, attention_mask)
     if isinstance(forward, Probe):
+        forward.watch(site, query, key)
         outputs, extra = base(query, key, value, attention_mask)
         forward.see(site, outputs)
         return outputs, extra
@@ -176,6 +195,7 @@ class _Rows:
         self.n_keys = key.shape[2]
         self.acting = forward.acting_at(work)
         self.seen = _Seen()
+        self._unplaced_keys: dict[str, Tensor] = {}
 
     @property
     def are_all_replaced(self) -> bool:
@@ -213,17 +233,14 @@ class _Rows:
     def _weights(self, start: int, stop: int) -> Tensor:
         """``[batch, heads, rows, key]`` float32 attention weights after every hook."""
         rows = (start, stop)
-        scores = row_scores(self.query[:, :, start:stop], self.key, scale=self.scale)
-        if (cap := self.options.get("softcap")) is not None:
-            scores = torch.tanh(scores / cap) * cap
+        scores = self._scores(self.query[:, :, start:stop], self.key)
         if (bias := self.options.get("position_bias")) is not None:
             scores = scores + bias[:, :, start:stop, : self.n_keys].float()
         closed = self._closed(start, stop)
         measured = self.forward.call.is_measured
         for bound, stream in self.acting.scores:
             old = scores[stream.batch]
-            softmax = partial(self._softmax, closed=closed, batch=stream.batch, rows=rows)
-            at = replace(self._at(bound, stream, rows), softmax=softmax)
+            at = self._scores_at(bound, stream, rows, closed)
             new = self._keep_other_rows(bound, stream, rows, old, bound.method.scores(old, at))
             if measured:
                 before, after = (self._softmax(s, closed, stream.batch, rows) for s in (old, new))
@@ -300,6 +317,55 @@ class _Rows:
     def _at(self, bound: Bound, stream: Stream, rows: tuple[int, int]) -> At:
         columns = self.forward.columns(stream, self.n_keys, self.axis, self.query.device)
         return self.forward.at(bound, stream, self.layer, rows, columns)
+
+    def _scores_at(
+        self, bound: Bound, stream: Stream, rows: tuple[int, int], closed: Tensor | None
+    ) -> At:
+        """The view of a ``scores`` hook."""
+        at = self._at(bound, stream, rows)
+        at = replace(
+            at, softmax=partial(self._softmax, closed=closed, batch=stream.batch, rows=rows)
+        )
+        if bound.rotation is None:
+            return at
+        return replace(
+            at,
+            unplaced=partial(self._unplaced, bound.rotation, stream, rows),
+            placed=partial(self._placed, bound.rotation, stream, rows),
+            sum_over_rows=partial(self._sum_over_rows, bound, stream),
+        )
+
+    def _placed(
+        self, rotation: Rotation, stream: Stream, rows: tuple[int, int], shift: Tensor
+    ) -> Tensor:
+        """``[batch, heads, rows, key]`` scores of rows that stand further right."""
+        query = self.query[stream.batch, :, slice(*rows)]
+        return self._scores(rotation.turn(self.layer, query, shift), self.key[stream.batch])
+
+    def _unplaced(self, rotation: Rotation, stream: Stream, rows: tuple[int, int]) -> Tensor:
+        """``[batch, heads, rows, key]`` scores of tokens that all stand at one position."""
+        forward = self.forward
+        positions = forward.positions(stream).to(self.query.device)
+        here = positions[:, forward.past + rows[0] : forward.past + rows[1]]
+        query = self.query[stream.batch, :, slice(*rows)]
+        query = rotation.turn(self.layer, query, -here[:, None])
+        if stream.name not in self._unplaced_keys:
+            there = fit(positions, self.n_keys, forward.total)
+            key = rotation.turn(self.layer, self.key[stream.batch], -there[:, None])
+            self._unplaced_keys[stream.name] = key
+        return self._scores(query, self._unplaced_keys[stream.name])
+
+    def _sum_over_rows(self, bound: Bound, stream: Stream, f: Callable[[At], Tensor]) -> Tensor:
+        length = self.query.shape[2]
+        blocks = ((s, min(s + _BLOCK, length)) for s in range(0, length, _BLOCK))
+        return torch.stack(
+            [f(self._scores_at(bound, stream, rows, self._closed(*rows))) for rows in blocks]
+        ).sum(dim=0)
+
+    def _scores(self, query: Tensor, key: Tensor) -> Tensor:
+        scores = row_scores(query, key, scale=self.scale)
+        cap = self.options.get("softcap")
+        return scores if cap is None else torch.tanh(scores / cap) * cap
 
     def _keep_other_rows(
         self, bound: Bound, stream: Stream, rows: tuple[int, int], old: Tensor, new: Tensor

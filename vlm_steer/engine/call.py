@@ -23,7 +23,7 @@ from vlm_steer.errors import UnsupportedModelError
 
 Mask: TypeAlias = Tensor | BlockMask
 
-__all__ = ["Call", "Forward", "Mask", "Stream", "Touch", "dense_rows", "states_after"]
+__all__ = ["Call", "Forward", "Mask", "Stream", "Touch", "dense_rows", "fit", "states_after"]
 
 _MEASURED_STEPS = 2
 
@@ -43,11 +43,13 @@ class Stream:
     grid: Grid | None = None
     shift: Tensor | None = None
     image_features: Tensor | None = None
+    shift_in_cache: Tensor | None = None
 
     def inherit(self, earlier: "Stream") -> None:
         """Take over what was learnt about the tokens that an earlier generation put in a cache."""
         self.marks.update(earlier.marks)
         self.image_features = earlier.image_features
+        self.shift_in_cache = earlier.shift
 
     def tapped(self, layers: Iterable[int]) -> Tensor:
         """States of the last row after each of the layers, ``[batch, layers, hidden]``."""
@@ -197,6 +199,7 @@ class Forward:
     _closed: dict[tuple[int, int, int], tuple[Mask, Tensor]] = field(default_factory=dict)
     _is_row: dict[tuple[str, Rows, int, int, torch.device], Tensor] = field(default_factory=dict)
     _carried: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    _positions: dict[str, Tensor] = field(default_factory=dict)
     masks: dict[tuple[object, ...], "EditedMask"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -353,7 +356,7 @@ class Forward:
 
         marks = stream.marks.get((bound.index, layer))
         if marks is not None:
-            marks = _fit(marks, columns.kinds.shape[1], self.total)
+            marks = fit(marks, columns.kinds.shape[1], self.total)
         return At(
             layer=layer,
             n_layers=self.call.plan.model.n_layers,
@@ -364,10 +367,11 @@ class Forward:
             marks=marks,
             plan=bound.constants,
             prepared=stream.prepared.get(bound.index),
+            prompt=self._prompt(stream, device),
             grid=self.grid(bound, stream),
             chosen=self._chosen(bound, stream, columns.kinds.shape[1]),
             on_rows=partial(self._on_rows, rows),
-            on_keys=partial(_fit, n_keys=columns.kinds.shape[1], total=self.total),
+            on_keys=partial(fit, n_keys=columns.kinds.shape[1], total=self.total),
             is_own=partial(self._is_own, rows, columns),
             once=once,
             to_logits=bound.to_logits,
@@ -385,10 +389,16 @@ class Forward:
 
     def _chosen(self, bound: Bound, stream: Stream, n_keys: int) -> dict[int, Tensor]:
         return {
-            layer: _fit(chosen, n_keys or self.total, self.total)
+            layer: fit(chosen, n_keys or self.total, self.total)
             for (index, layer), chosen in stream.chosen.items()
             if index == bound.index
         }
+
+    def _prompt(self, stream: Stream, device: torch.device) -> Columns:
+        key = (stream.name, -1, "prompt", device)
+        if key not in self._columns:
+            self._columns[key] = Columns(stream.layout.prompt.to(device))
+        return self._columns[key]
 
     def _on_rows(self, rows: tuple[int, int], values: Tensor) -> Tensor:
         missing = max(self.total - values.shape[1], 0)
@@ -429,9 +439,7 @@ class Forward:
         positions = positions.expand(rows, length).clone()
         for stream in self.streams:
             shift = self._shift(stream).to(positions.device)
-            spare = shift[:, -1:].expand(-1, self.total)
-            shift = torch.cat([shift, spare], dim=1)[:, self.past : self.past + length]
-            positions[stream.batch] += shift
+            positions[stream.batch] += extended(shift, self.total)[:, self.past :]
         moved = {**kwargs, "position_ids": positions}
         if kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None:
             # Without either, positions that do not count up would be read as packed sequences.
@@ -456,7 +464,32 @@ class Forward:
                     self.touch(bound, layer, Touch.of_rows(positions[..., None], new[..., None]))
                 positions = new
             stream.shift = torch.where(is_token, positions - counted, 0)
+            self._check_cache(stream, stream.shift)
         return stream.shift
+
+    def _check_cache(self, stream: Stream, shift: Tensor) -> None:
+        """Refuse to move tokens whose keys are in the cache already."""
+        if self.past == 0:
+            return
+        before = shift.new_zeros(shift.shape[0], 1)
+        if stream.shift_in_cache is not None:
+            before = stream.shift_in_cache.to(shift.device)
+        moved = extended(before, self.past) != extended(shift, self.past)
+        if bool((moved & (stream.layout.upto(self.past) != Columns.PADDING)).any()):
+            names = ", ".join(bound.method.name for bound in self.call.plan.positions)
+            raise UnsupportedModelError(
+                f"{names} would move tokens that are in the cache already, filled under other "
+                "positions. Start the conversation anew, without past_key_values."
+            )
+
+    def positions(self, stream: Stream) -> Tensor:
+        """``[batch, total]`` positions, up to one constant per row."""
+        if stream.name not in self._positions:
+            is_token = stream.layout.upto(self.total) != Columns.PADDING
+            counted = (is_token.long().cumsum(dim=1) - 1).clamp(min=0)
+            shift = self._shift(stream).to(counted.device)
+            self._positions[stream.name] = counted + extended(shift, self.total)
+        return self._positions[stream.name]
 
     def touch(self, bound: Bound, layer: int, amount: Tensor) -> None:
         """Add to the account of what a method changed."""
@@ -589,6 +622,12 @@ def _in_float32(mask: Tensor) -> Tensor:
     return mask.float().masked_fill(is_closed, torch.finfo(torch.float32).min)
 
 
+def extended(shift: Tensor, total: int) -> Tensor:
+    """``[batch, total]``: a shift of prompt tokens, that of the last one for all after it."""
+    missing = max(total - shift.shape[1], 0)
+    return torch.cat([shift, shift[:, -1:].expand(-1, missing)], dim=1)[:, :total]
+
+
 def dense_rows(mask: BlockMask, start: int, stop: int, n_keys: int) -> Tensor:
     """Some rows of a block mask, ``[batch, 1, rows, key]`` bool."""
 
@@ -607,7 +646,7 @@ def _packed(embeds: Tensor, chosen: Tensor) -> Tensor:
     return packed.masked_fill(~chosen.gather(1, order)[..., None], 0)
 
 
-def _fit(marks: Tensor, n_keys: int, total: int) -> Tensor:
+def fit(marks: Tensor, n_keys: int, total: int) -> Tensor:
     """Marks ``[..., marked]`` on the key axis of a layer; later positions are unmarked."""
     missing = max(total, n_keys) - marks.shape[-1]
     if missing > 0:

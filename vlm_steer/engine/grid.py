@@ -34,10 +34,13 @@ class Geometry:
         side: Tokens along each side of the one square grid that every tile has; ``None`` when
             the inputs say the grid of every image.
         unknown: Why there is no grid; empty when there is one.
+        is_run: Whether the tokens of an image, or of one tile, follow each other; ``False`` where
+            the model does not tell.
     """
 
     side: int | None = None
     unknown: str = ""
+    is_run: bool = True
 
 
 def geometry_of(model: PreTrainedModel) -> Geometry:
@@ -52,7 +55,7 @@ def geometry_of(model: PreTrainedModel) -> Geometry:
     config = model.config
     patches = _patches_per_side(model)
     if patches is None:
-        return Geometry(unknown="its vision tower has no fixed grid of patches")
+        return Geometry(unknown="its vision tower has no fixed grid of patches", is_run=False)
     if getattr(config, "vision_feature_select_strategy", None) == "full" and _has_class_token(
         model, patches
     ):

@@ -173,6 +173,11 @@ def _no_softmax(scores: Tensor) -> Tensor:
     raise SteerError("At.softmax was called outside the scores hook, which alone has a softmax.")
 
 
+def _no_rotation(*args: Any) -> Tensor:
+    """Stands in where there are no scores to place anew."""
+    raise SteerError("tokens are placed anew in the scores hook of methods with needs_rotation.")
+
+
 class ToLogits(Protocol):
     """The model's own final norm and output head, applied to any hidden states."""
 
@@ -245,6 +250,7 @@ class At:
             or ``None`` when it has no such hook.
         plan: What ``Method.resolve`` returned for this model.
         prepared: What ``Method.prepare`` returned for this generation.
+        prompt: What the tokens of the prompt are, ``[batch, prompt]`` masks.
         grid: Where the image tokens of the prompt lie; only for methods with ``needs_grid``.
         on_rows: Values ``[batch, prompt]`` of the prompt's tokens -> those of the rows at hand,
             ``[batch, rows]``, 0 for generated tokens.
@@ -258,6 +264,12 @@ class At:
         seen: In the ``heads`` hook, what the method's own ``look`` hook returned for these rows.
         softmax: In the ``scores`` hook, ``softmax(scores)`` are the attention weights that scores
             of the rows at hand become under their mask.
+        unplaced: In the ``scores`` hook of methods with ``needs_rotation``, ``unplaced()`` are
+            the scores if all tokens stood at one position.
+        placed: There too, ``placed(shift)`` are the scores if the rows stood ``shift``
+            ``[batch, heads, rows]`` int64 positions further right.
+        sum_over_rows: There too, ``sum_over_rows(f)`` adds up ``f(at)`` over the blocks in which
+            the engine goes through the rows of this pass, each with a view of its own.
         to_logits: The model's own final norm and output head. For methods that set
             ``needs_readout``.
         prompt_rows: How many of the rows at hand belong to the prompt; they come first. Without a
@@ -278,6 +290,7 @@ class At:
     marks: Tensor | None
     plan: Any
     prepared: Any
+    prompt: Columns
     grid: Grid | None
     on_rows: Callable[[Tensor], Tensor]
     on_keys: Callable[[Tensor], Tensor]
@@ -286,6 +299,9 @@ class At:
     chosen: Mapping[int, Tensor] = field(default_factory=dict)
     seen: Tensor | None = None
     softmax: Callable[[Tensor], Tensor] = _no_softmax
+    unplaced: Callable[[], Tensor] = _no_rotation
+    placed: Callable[[Tensor], Tensor] = _no_rotation
+    sum_over_rows: Callable[[Callable[["At"], Tensor]], Tensor] = _no_rotation
     to_logits: ToLogits = no_logits
     prompt_rows: int = 0
     carried: Tensor | None = None
@@ -395,6 +411,8 @@ class Method(metaclass=_Strict):
             cannot be verified is refused. Tapping layers implies it.
         needs_image_features: The method reads ``At.image_features``.
         needs_grid: The method needs to know where image tokens lie in their image.
+        needs_rotation: The method calls ``At.unplaced`` or ``At.placed``; a model whose rotary
+            embedding cannot be verified is refused.
         own: Hooks that act on a branch of the method's own and nowhere else, whatever ``scope``
             says: name of the hook to name of the branch.
         chooses_once: The ``choose`` hook sees the prompt's last row only, not those of generated
@@ -413,6 +431,7 @@ class Method(metaclass=_Strict):
     needs_readout: ClassVar[bool] = False
     needs_grid: ClassVar[bool] = False
     needs_image_features: ClassVar[bool] = False
+    needs_rotation: ClassVar[bool] = False
 
     layers: Selector = "all"
     scope: Scope = "positive"
@@ -477,8 +496,8 @@ class Method(metaclass=_Strict):
     def positions(self, positions: Tensor, at: PromptAt) -> Tensor:
         """``[batch, prompt]`` int64 position ids, 0 for padding; same shape back.
 
-        Called once per generation and stream. A token's position may depend on the tokens before
-        it only, so that a continued conversation keeps those in its cache.
+        Called once per generation and stream. When a later turn goes on from a cache, the tokens
+        in it must keep their positions; a method that would move them is refused there.
         """
         return positions
 

@@ -22,6 +22,7 @@ from vlm_steer.engine.active import ACTIVE, AttentionSite, Probe
 from vlm_steer.engine.grid import Geometry, geometry_of
 from vlm_steer.engine.inputs import is_place_mask
 from vlm_steer.engine.readout import Readout, find_readout
+from vlm_steer.engine.rotary import Rotation, find_rotation
 from vlm_steer.engine.vision import why_no_image_attention
 from vlm_steer.errors import UnsupportedModelError
 
@@ -204,6 +205,41 @@ class ModelInfo:
         fillers = vocabulary[:: max(len(vocabulary) // n_tokens, 1)][: n_tokens - 1]
         device = next(self.model.get_input_embeddings().parameters()).device
         return torch.tensor([[start, *fillers]], device=device)
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether some layers see only a window or a chunk of the sequence."""
+        config = self.text_config
+        kinds = getattr(config, "layer_types", None)
+        if kinds is None:
+            return getattr(config, "sliding_window", None) is not None
+        return any("sliding" in kind or "chunked" in kind for kind in kinds)
+
+    @property
+    def is_all_attention(self) -> bool:
+        """Whether every decoder layer attends, none being recurrent, linear or a convolution."""
+        depth = getattr(self.text_config, "num_hidden_layers", None)
+        return depth is None or depth == len({site.layer for site in self.sites.values()})
+
+    @property
+    def has_two_way_prompts(self) -> bool:
+        """Whether tokens of a prompt, or of an image in it, see each other in both directions."""
+        return "token_type_ids" in inspect.signature(self.model.forward).parameters
+
+    @property
+    def has_image_runs(self) -> bool:
+        """Whether the tokens of an image follow each other without other tokens between them."""
+        is_tiled = "pixel_attention_mask" in inspect.signature(self.model.forward).parameters
+        return self.geometry.is_run and not is_tiled and not self.has_cross_attention
+
+    @property
+    def rotation(self) -> Rotation:
+        """How queries and keys carry their position, found and verified on first use.
+
+        Raises:
+            UnsupportedModelError: Not by one rotary embedding that all layers share.
+        """
+        return self.remember("rotation", lambda: find_rotation(self))
 
     @property
     def readout(self) -> Readout:

@@ -8,6 +8,7 @@ from vlm_steer.engine.active import AttentionSite
 from vlm_steer.engine.hooks import Branch, Method, ToLogits, no_logits
 from vlm_steer.engine.model import KNOWN_SCORE_OPTIONS, ModelInfo
 from vlm_steer.engine.prompts import with_ids
+from vlm_steer.engine.rotary import Rotation
 from vlm_steer.errors import CompositionError, ConfigError, UnsupportedModelError
 
 __all__ = ["Bound", "Plan", "Work", "make_plan"]
@@ -38,6 +39,7 @@ class Bound:
     constants: Any
     branches: tuple[Branch, ...]
     taps: tuple[int, ...]
+    rotation: Rotation | None
     to_logits: ToLogits
     notes: tuple[str, ...]
 
@@ -238,6 +240,7 @@ def _bind(index: int, method: Method, model: ModelInfo, processor: Any) -> Bound
         constants=method.resolve(model),
         branches=tuple(with_ids(b, method.name, model, processor) for b in method.branches()),
         taps=taps,
+        rotation=_rotation(method, model) if method.needs_rotation else None,
         to_logits=_readout(method, model) if taps or method.needs_readout else no_logits,
         notes=notes,
     )
@@ -261,6 +264,13 @@ def _attended(
         )
     skipped = sorted(layers - has)
     return layers & has, (f"no attention to act on in layers {skipped}",) if skipped else ()
+
+
+def _rotation(method: Method, model: ModelInfo) -> Rotation:
+    try:
+        return model.rotation
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{method.name}: {error}") from None
 
 
 def _readout(method: Method, model: ModelInfo) -> ToLogits:

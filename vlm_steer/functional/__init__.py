@@ -65,6 +65,14 @@ from vlm_steer.functional.search import (
     opera_penalty,
     vdgd_logits,
 )
+from vlm_steer.functional.segments import (
+    aligned_positions,
+    image_segments,
+    see_other_segments,
+    segment_importance,
+    segment_lengths,
+    segment_shifts,
+)
 from vlm_steer.functional.sinks import (
     SinkLifetimes,
     TransferScales,
@@ -100,6 +108,7 @@ __all__ = [
     "VisionAwareHeads",
     "act_calibrate",
     "add_change",
+    "aligned_positions",
     "attention_sinks",
     "blind_tokens",
     "boost_scores",
@@ -119,6 +128,7 @@ __all__ = [
     "grouped_values",
     "guidance_logits",
     "image_heads",
+    "image_segments",
     "knockout_mask",
     "laplacian_eigenvalues",
     "least_attended_tokens",
@@ -137,7 +147,11 @@ __all__ = [
     "row_scores",
     "scale_scores",
     "secondary_sinks",
+    "see_other_segments",
     "see_periphery",
+    "segment_importance",
+    "segment_lengths",
+    "segment_shifts",
     "shuffle_columns",
     "sink_lifetimes",
     "sink_tokens",
