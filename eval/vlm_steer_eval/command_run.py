@@ -44,26 +44,40 @@ def run_and_show(
 ) -> None:
     """Load the model, run the benchmark, print its tables.
 
+    One of several processes generates its share only, unless it is the main one.
+
     Raises:
         DataError: items had to be left out because of their image, after everything else is done.
     """
     from vlm_steer.loading import load_model
 
+    from .arms import parse_arms
     from .pipeline import run_benchmark
+    from .runner import run_arms
+    from .workers import workers_from_environment
 
+    workers = workers_from_environment()
+    if workers.device is not None:
+        if loading["device_map"] is not None:
+            raise ConfigError(
+                f"--device-map {loading['device_map']} cannot be combined with several processes, "
+                "each of which has a device of its own; leave it out"
+            )
+        loading = {**loading, "device_map": workers.device}
     model, processor = load_model(model_name, **loading)
+    shared: dict[str, Any] = {
+        "model_name": model_name,
+        "settings": settings,
+        "batch_size": batch_size,
+        "output": output,
+        "share_prefix": share_prefix,
+        "workers": workers,
+    }
+    if not workers.is_main:
+        run_arms(task, parse_arms(methods), model, processor, **shared)
+        return
     result = run_benchmark(
-        task,
-        methods,
-        model,
-        processor,
-        model_name=model_name,
-        settings=settings,
-        batch_size=batch_size,
-        output=output,
-        n_resamples=resamples,
-        seed=settings.seed,
-        share_prefix=share_prefix,
+        task, methods, model, processor, n_resamples=resamples, seed=settings.seed, **shared
     )
     typer.echo(result.table, nl=False)
     typer.echo(f"results: {output}")

@@ -4,7 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,7 +13,7 @@ from vlm_steer.errors import DataError
 
 from .files import reporting_write_errors
 
-__all__ = ["GenerationLog", "content_key"]
+__all__ = ["GenerationLog", "content_key", "read_logs"]
 
 
 def content_key(parts: Mapping[str, Any]) -> str:
@@ -30,14 +30,16 @@ class GenerationLog:
 
     Args:
         path: the file; created with its folder where absent.
+        beside: logs of other processes, which are only read, and only when this one is opened.
 
     Raises:
         DataError: another process holds the log, a line in the middle is damaged, or the disk is
             full.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, beside: Sequence[Path] = ()) -> None:
         self.path = path
+        self._beside = beside
         self.records: dict[str, dict[str, Any]] = {}
         self.repaired = False
 
@@ -94,13 +96,34 @@ class GenerationLog:
             with reporting_write_errors(self.path):
                 self._file.truncate(len(content) - len(torn))
             self.repaired = True
-        for number, line in enumerate(whole.split(b"\n") if whole else (), 1):
-            try:
-                record = json.loads(line)
-                self.records[record["key"]] = record
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(
-                    f"{self.path}, line {number} is damaged ({error}); delete that line to "
-                    "generate it "
-                    "again, or give another --output"
-                ) from error
+        self.records = read_logs(self._beside) | _parsed(self.path, whole)
+
+
+def read_logs(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """The records of several logs; a torn last line, which may still be written, is left out.
+
+    Raises:
+        DataError: a log cannot be read, or a line in the middle is damaged.
+    """
+    records: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error}); check its permissions") from error
+        records |= _parsed(path, content.rpartition(b"\n")[0])
+    return records
+
+
+def _parsed(path: Path, whole: bytes) -> dict[str, dict[str, Any]]:
+    records: dict[str, dict[str, Any]] = {}
+    for number, line in enumerate(whole.split(b"\n") if whole else (), 1):
+        try:
+            record = json.loads(line)
+            records[record["key"]] = record
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path}, line {number} is damaged ({error}); delete that line to generate it "
+                "again, or give another --output"
+            ) from error
+    return records

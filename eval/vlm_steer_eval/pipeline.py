@@ -16,6 +16,7 @@ from .results import evaluate, sample_rows, score_all, units
 from .runner import RunResult, run_arms
 from .tables import comparison_tables, footnotes, render
 from .tasks import Task
+from .workers import Workers
 
 __all__ = ["Evaluation", "run_benchmark"]
 
@@ -52,6 +53,7 @@ def run_benchmark(
     n_resamples: int = 10_000,
     seed: int = 0,
     share_prefix: bool = False,
+    workers: Workers | None = None,
 ) -> Evaluation:
     """Evaluate arms on a benchmark and write everything about it into a folder.
 
@@ -72,6 +74,7 @@ def run_benchmark(
         n_resamples: resamples of intervals and tests, > 0.
         seed: seed of the resampling.
         share_prefix: see `run_arms`.
+        workers: see `run_arms`; only the main process of several calls this.
 
     Raises:
         ConfigError: an arm is unknown.
@@ -88,6 +91,7 @@ def run_benchmark(
         batch_size=batch_size,
         output=output,
         share_prefix=share_prefix,
+        workers=workers,
     )
     scores = score_all(task, run)
     summary = evaluate(task, run, scores, n_resamples=n_resamples, seed=seed)

@@ -21,9 +21,10 @@ from .arms import Arm
 from .files import read_json, reporting_write_errors, write_json
 from .fingerprint import model_fingerprint, versions
 from .generation import Generator, Output, Settings, item_seed
-from .genlog import GenerationLog, content_key
+from .genlog import GenerationLog, content_key, read_logs
 from .images import ImageError
 from .tasks import Item, Task
+from .workers import Workers
 
 __all__ = ["RunResult", "run_arms"]
 
@@ -62,6 +63,7 @@ def run_arms(
     batch_size: int,
     output: Path,
     share_prefix: bool = False,
+    workers: Workers | None = None,
 ) -> RunResult:
     """Generate every arm's answers to every item, continuing an earlier run in the same folder.
 
@@ -81,6 +83,9 @@ def run_arms(
         share_prefix: compute what questions about one image have in common once per batch, for
             arms that allow it. Such an arm is tried on one batch first, and generates from whole
             prompts if the answers differ.
+        workers: this process among those that share the run; alone by default. Batches are the
+            same for any number of processes and go to them in turn, and every process has a log of
+            its own. What another process lost or has not begun is found out by the next run.
 
     Raises:
         ConfigError: the folder holds a run of another benchmark.
@@ -103,17 +108,44 @@ def run_arms(
         "versions": versions(),
         "methods": {arm.name: arm.config for arm in arms},
     }
-    write_json(output / RUN_NAME, provenance)
+    workers = workers or Workers()
+    if workers.is_main:
+        write_json(output / RUN_NAME, provenance)
     result = RunResult({}, failures, provenance=provenance)
     generator = Generator(model, processor, settings, task.first_token_words)
-    with GenerationLog(output / LOG_NAME) as log:
+    keys: dict[str, dict[str, str]] = {}
+    mine = output / workers.part(LOG_NAME)
+    with GenerationLog(mine, [path for path in _logs(output) if path != mine]) as log:
         for arm in arms:
-            worker = _ArmRun(arm, generator, log, output, batch_size, digests, provenance)
+            worker = _ArmRun(arm, generator, log, output, batch_size, digests, provenance, workers)
             worker.shares = share_prefix
             with _noting(result.notes.setdefault(arm.name, [])):
-                result.records[arm.name] = worker.run(usable)
+                keys[arm.name] = worker.run(usable)
             result.n_generated += worker.n_generated
+        records = log.records
+    if workers.size > 1:
+        workers.wait()
+        records = read_logs(_logs(output))
+    result.records = _collected(records, keys)
     return result
+
+
+def _logs(output: Path) -> list[Path]:
+    """The logs of all processes that ever worked on this folder."""
+    return sorted(output.glob(LOG_NAME.replace(".", "*.")))
+
+
+def _collected(
+    records: Mapping[str, dict[str, Any]], keys: Mapping[str, Mapping[str, str]]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Arm -> item -> record."""
+    missing = sum(key not in records for by_item in keys.values() for key in by_item.values())
+    if missing:
+        raise DataError(
+            f"{missing} answers are missing, since a process ended early; run the same command "
+            "again, which generates only those"
+        )
+    return {arm: {i: records[key] for i, key in by_item.items()} for arm, by_item in keys.items()}
 
 
 class _ArmRun:
@@ -128,11 +160,13 @@ class _ArmRun:
         batch_size: int,
         digests: Mapping[str, str],
         provenance: Mapping[str, Any],
+        workers: Workers,
     ) -> None:
         self._arm = arm
         self._generator = generator
         self._log = log
-        self._timings = output / TIMINGS_NAME
+        self._timings = output / workers.part(TIMINGS_NAME)
+        self._workers = workers
         self._batch_size = batch_size
         self._digests = digests
         self._common = {name: provenance[name] for name in ("model", "settings", "versions")} | {
@@ -141,12 +175,12 @@ class _ArmRun:
         self.n_generated = 0
         self.shares = False
 
-    def run(self, items: Sequence[Item]) -> dict[str, dict[str, Any]]:
-        """Records by item id."""
+    def run(self, items: Sequence[Item]) -> dict[str, str]:
+        """Generate this process's share; returns the key of every item's record."""
         prompts = {item.id: render_prompt(self._generator.processor, item.prompt) for item in items}
         keys = {item.id: self._key(item, prompts[item.id]) for item in items}
         self._generate(items, prompts, keys)
-        return {item.id: self._log.records[keys[item.id]] for item in items}
+        return keys
 
     def _batches(
         self, items: Sequence[Item], prompts: Mapping[str, str], steering: Steering
@@ -197,11 +231,15 @@ class _ArmRun:
             known = self._log.records
             missing = [item for item in items if keys[item.id] not in known]
             batches = self._batches(items, prompts, steering) if missing else []
-            pending = [batch for batch in batches if any(keys[i.id] not in known for i in batch)]
+            share = batches[self._workers.rank :: self._workers.size]
+            pending = [batch for batch in share if any(keys[i.id] not in known for i in batch)]
             sharing = steering if self.shares else None
             total = sum(map(len, pending))
             with tqdm(
-                total=total, desc=self._arm.name, unit="answer", disable=None if total else True
+                total=total,
+                desc=self._arm.name,
+                unit="answer",
+                disable=None if total and self._workers.is_main else True,
             ) as bar:
                 for batch in pending:
                     start = time.perf_counter()

@@ -141,7 +141,7 @@ def _arms(folder: Path, scores: Mapping[str, Any], *, several: bool) -> list[Run
     width = len(BENCHMARKS[scores["benchmark"]].columns)
     units = read_units(folder / COUNTS_NAME, width)
     samples = _samples(folder / "samples.jsonl", units)
-    costs = _costs(folder / "timings.jsonl")
+    costs = _costs(sorted(folder.glob("timings*.jsonl")))
     label = folder.resolve().name
     is_scored = "arms" not in scores
     return [
@@ -171,11 +171,9 @@ def _samples(
     }
 
 
-def _costs(path: Path) -> dict[str, Cost]:
+def _costs(paths: Sequence[Path]) -> dict[str, Cost]:
     costs: dict[str, Cost] = {}
-    if not path.is_file():
-        return costs
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in (line for path in paths for line in path.read_text(encoding="utf-8").splitlines()):
         try:
             row = json.loads(line)
             before = costs.get(row["arm"], Cost(0, 0, 0.0))
