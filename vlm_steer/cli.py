@@ -22,6 +22,7 @@ from vlm_steer.commands.options import (
     BatchSize,
     DeviceMap,
     Dtype,
+    Limit,
     MaxNewTokens,
     ModelName,
     Output,
@@ -63,6 +64,9 @@ def build_app() -> typer.Typer:
     app.callback()(_options)
     app.command(epilog="Example: vlm-steer methods var")(methods)
     app.command(epilog="Example: vlm-steer models --check tiny")(models)
+    app.command(epilog="Example: vlm-steer calibrate act --model tiny --output heads.json")(
+        calibrate
+    )
     app.command(
         epilog="Example: vlm-steer generate --model tiny --image photo.jpg "
         "--prompt 'Is there a dog?' --method var --compare"
@@ -241,6 +245,59 @@ def generate(
         output.mkdir(parents=True, exist_ok=True)
         (output / "generate.json").write_text(json.dumps(report, indent=2) + "\n")
     _print_json(report) if as_json else tables.show_answers(report, compare=compare)
+
+
+def calibrate(
+    method: Annotated[str, typer.Argument(help="A method that is calibrated per model.")],
+    model: ModelName,
+    output: Annotated[Path, typer.Option("--output", help="The JSON file to write.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            help="JSON lines with image, question and answer, apart from any test set; "
+            "embedded scenes when omitted.",
+        ),
+    ] = None,
+    limit: Limit = 64,
+    overrides: Overrides = None,
+    max_new_tokens: MaxNewTokens = 4,
+    batch_size: BatchSize = 32,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    quantization: Quantization = None,
+    revision: Revision = None,
+    attn: Attn = None,
+    as_json: AsJson = False,
+) -> None:
+    """Choose what a method needs to know about a model, such as the heads that ACT acts on."""
+    from vlm_steer.config import apply_overrides, resolve
+
+    (chosen,) = apply_overrides(resolve(method), overrides or [])
+
+    from vlm_steer.calibration import write_calibration
+    from vlm_steer.commands.calibrate import calibrate as run
+    from vlm_steer.commands.calibrate import embedded_samples, read_samples
+    from vlm_steer.engine.model import inspect_model
+    from vlm_steer.loading import load_model
+
+    samples = embedded_samples(limit) if data is None else read_samples(data, limit)
+    loaded, processor = load_model(
+        model,
+        dtype=dtype,
+        device_map=device_map,
+        quantization=quantization,
+        revision=revision,
+        attn=attn,
+    )
+    result = run(
+        loaded, processor, chosen, samples, max_new_tokens=max_new_tokens, batch_size=batch_size
+    )
+    write_calibration(output, chosen.name, inspect_model(loaded), result)
+    if as_json:
+        _print_json(result)
+    else:
+        typer.echo(f"{output}: {result['candidates']} candidates tried on {len(samples)} samples.")
 
 
 def _print_json(data: Any) -> None:

@@ -48,6 +48,17 @@ ACTIVE = {
             {"method": "pai", "alpha": 0.0, "gamma": 1.5},
         ]
     },
+    # Random models spread their attention: only a low threshold finds sinks.
+    "act": {"method": "act", "threshold": 1.2, "layers": "all"},
+    "act_heads": {
+        "method": "act",
+        "threshold": 0.07,
+        "relative": False,
+        "where": "text",
+        "receivers": "image",
+        "head_list": {"0": [1, 3], "1": [0]},
+        "layers": "all",
+    },
     # How unsure a random model is depends on its family; near a threshold, rounding would decide.
     "memvr": {"method": "memvr", "alpha": 0.3, "threshold": 0.05, "layers": "all"},
     "knockout_image": {"method": "knockout", "queries": ["image"], "keys": ["system", "image"]},
@@ -118,6 +129,7 @@ NEUTRAL = {
     "knockout": {"method": "knockout", "queries": []},
     "vti": {"method": "vti", "strength": 0.0},
     "vista": {"method": "vista", "strength": 0.0, "gamma": 0.0},
+    "act": {"method": "act", "beta": 1.0},
     "lookback_ratio": {"method": "lookback_ratio"},
     "m3id": {"method": "m3id", "lam": 0.0},
     "icd": {"method": "icd", "alpha": 0.0, "beta": 0.0},
@@ -139,6 +151,8 @@ REFUSALS = {
     ("mllama", "vaf_heads"): "cross-attention",
     ("mllama", "spin"): "cross-attention",
     ("mllama", "memvr"): "cross-attention",
+    ("mllama", "act"): "cross-attention",
+    ("mllama", "act_heads"): "cross-attention",
     ("mllama", "var+spin"): "cross-attention",
     ("mllama", "knockout_image"): "cross-attention",
 } | {

@@ -101,6 +101,6 @@ def test_an_arm_can_be_a_sham():
 def test_a_sham_follows_every_hook_and_need_or_refuses_them():
     own = {"name", "paper", "observer", "layers", "scope", "notes", "branches", "logits"}
     own |= {"require", "replace", "refuse_ignored", "positions", "select_taps", "plausible"}
-    own |= {"observe"}
+    own |= {"observe", "candidates", "calibrated"}
     names = {name for name in vars(Method) if not name.startswith("_")} - own
     assert names <= set(vars(type(vlm_steer.get_method("sham")())))

@@ -22,6 +22,7 @@ _HOOKS = (
     "marks",
     "carry",
     "scores",
+    "tally",
     "weights",
     "heads",
     "mlp",

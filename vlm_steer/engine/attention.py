@@ -127,6 +127,7 @@ def steered_attention(
     extra, seen = None, _Seen()
     if work.needs_rows:
         rows = _Rows(forward, work, module, query, key, value, attention_mask, options)
+        rows.tally()
         if rows.are_all_replaced:
             outputs = rows.recomputed()
         else:
@@ -230,14 +231,35 @@ class _Rows:
         outputs = weighted_values(weights.to(self.value.dtype), self.value)
         return outputs.transpose(1, 2).to(self.query.dtype)
 
-    def _weights(self, start: int, stop: int) -> Tensor:
-        """``[batch, heads, rows, key]`` float32 attention weights after every hook."""
+    def tally(self) -> None:
+        """Let methods sum over the attention of the prompt's rows before any of it is changed."""
+        if not self.acting.tally:
+            return
+        totals: dict[tuple[Bound, Stream], Tensor] = {}
+        before, stop = None, self.forward.prompt_rows
+        for start in range(0, stop, _BLOCK):
+            rows = (start, min(start + _BLOCK, stop))
+            closed = self._closed(*rows)
+            scores = self._scores(*rows, closed, measured=False)
+            weights = self._softmax(scores, closed, slice(None), rows)
+            if self._has_sink:
+                weights = weights / weights.sum(dim=-1, keepdim=True)
+            before = torch.zeros_like(weights[:, :, :1]) if before is None else before
+            for bound, stream in self.acting.tally:
+                at = replace(self._at(bound, stream, rows), row_before=before[stream.batch])
+                part = bound.method.tally(weights[stream.batch], at)
+                known = totals.get((bound, stream))
+                totals[bound, stream] = part if known is None else known + part
+            before = weights[:, :, -1:]
+        for (bound, stream), total in totals.items():
+            self.forward.add_tally(bound, stream, self.layer, total)
+
+    def _scores(self, start: int, stop: int, closed: Tensor | None, *, measured: bool) -> Tensor:
+        """``[batch, heads, rows, key]`` float32 scores after their hooks, before the mask."""
         rows = (start, stop)
         scores = self._scores(self.query[:, :, start:stop], self.key)
         if (bias := self.options.get("position_bias")) is not None:
             scores = scores + bias[:, :, start:stop, : self.n_keys].float()
-        closed = self._closed(start, stop)
-        measured = self.forward.call.is_measured
         for bound, stream in self.acting.scores:
             old = scores[stream.batch]
             at = self._scores_at(bound, stream, rows, closed)
@@ -246,6 +268,14 @@ class _Rows:
                 before, after = (self._softmax(s, closed, stream.batch, rows) for s in (old, new))
                 self.forward.touch(bound, self.layer, Touch.of_weights(before, after))
             scores = _put(scores, stream.batch, new)
+        return scores
+
+    def _weights(self, start: int, stop: int) -> Tensor:
+        """``[batch, heads, rows, key]`` float32 attention weights after every hook."""
+        rows = (start, stop)
+        closed = self._closed(start, stop)
+        measured = self.forward.call.is_measured
+        scores = self._scores(start, stop, closed, measured=measured)
         weights = self._softmax(scores, closed, slice(None), rows)
         # What a sink that is no token takes stays out of the hooks' reach: their rows sum to 1.
         has_sink = bool(self.acting.weights) and self._has_sink

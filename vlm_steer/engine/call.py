@@ -36,6 +36,7 @@ class Stream:
     layout: Layout
     batch: slice = field(default_factory=lambda: slice(None))
     marks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    tallies: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     memo: dict[tuple[int, int, str], Tensor] = field(default_factory=dict)
     prepared: dict[int, Any] = field(default_factory=dict)
     chosen: dict[tuple[int, int], Tensor] = field(default_factory=dict)
@@ -45,9 +46,16 @@ class Stream:
     image_features: Tensor | None = None
     shift_in_cache: Tensor | None = None
 
-    def inherit(self, earlier: "Stream") -> None:
-        """Take over what was learnt about the tokens that an earlier generation put in a cache."""
-        self.marks.update(earlier.marks)
+    def inherit(self, earlier: "Stream", *, same_methods: bool = True) -> None:
+        """Take over what was learnt about the tokens that an earlier generation put in a cache.
+
+        Args:
+            earlier: The stream of that generation.
+            same_methods: Whether its methods are those of this one, in the same order.
+        """
+        if same_methods:
+            self.marks.update(earlier.marks)
+            self.tallies.update(earlier.tallies)
         self.image_features = earlier.image_features
         self.shift_in_cache = earlier.shift
 
@@ -114,6 +122,7 @@ class Acting:
     """
 
     scores: tuple[tuple[Bound, Stream], ...]
+    tally: tuple[tuple[Bound, Stream], ...]
     weights: tuple[tuple[Bound, Stream], ...]
     look: tuple[tuple[Bound, Stream], ...]
     choose: tuple[tuple[Bound, Stream], ...]
@@ -212,6 +221,11 @@ class Forward:
         return self.past + self.length
 
     @property
+    def prompt_rows(self) -> int:
+        """How many of the query rows, the first ones, belong to the prompt."""
+        return min(max(self.streams[0].layout.prompt_length - self.past, 0), self.length)
+
+    @property
     def is_decoding(self) -> bool:
         """Whether every query row is a generated token."""
         return self.past >= self.streams[0].layout.prompt_length
@@ -249,6 +263,7 @@ class Forward:
         ]
         return Acting(
             scores=tuple(scores),
+            tally=tuple(self.acting("tally", work.tally)),
             weights=tuple(weights),
             look=tuple(look),
             choose=tuple(choose),
@@ -375,8 +390,8 @@ class Forward:
             is_own=partial(self._is_own, rows, columns),
             once=once,
             to_logits=bound.to_logits,
-            prompt_rows=min(max(stream.layout.prompt_length - self.past, rows[0]), rows[1])
-            - rows[0],
+            prompt_rows=min(max(self.prompt_rows, rows[0]), rows[1]) - rows[0],
+            tally=stream.tallies.get((bound.index, layer)),
             carried=self._carried.get((bound.index, stream.name)),
             image_features=self._image_features(bound, stream, device),
         )
@@ -518,6 +533,14 @@ class Forward:
                 old = torch.nn.functional.pad(old, (0, self.past - old.shape[1]))
             stream.marks[bound.index, layer] = torch.cat([old[:, : self.past], new], dim=1)
 
+    def add_tally(self, bound: Bound, stream: Stream, layer: int, tally: Tensor) -> None:
+        """Add a sum over rows ``[batch, ..., key]`` to that of the rows before this pass."""
+        missing = max(self.total - tally.shape[-1], 0)  # columns that a window has dropped
+        tally = torch.nn.functional.pad(tally, (missing, 0))[..., : self.total]
+        if self.past > 0 and (old := stream.tallies.get((bound.index, layer))) is not None:
+            tally = tally + torch.nn.functional.pad(old, (0, self.total - old.shape[-1]))
+        stream.tallies[bound.index, layer] = tally[..., : stream.layout.prompt_length]
+
     def tap(self, layer: int, hidden: Tensor) -> None:
         """Keep the last row of a layer's output ``[batch, rows, hidden]`` for every stream."""
         if layer in self.call.plan.taps:
@@ -646,9 +669,9 @@ def _packed(embeds: Tensor, chosen: Tensor) -> Tensor:
     return packed.masked_fill(~chosen.gather(1, order)[..., None], 0)
 
 
-def fit(marks: Tensor, n_keys: int, total: int) -> Tensor:
-    """Marks ``[..., marked]`` on the key axis of a layer; later positions are unmarked."""
-    missing = max(total, n_keys) - marks.shape[-1]
+def fit(values: Tensor, n_keys: int, total: int) -> Tensor:
+    """Values ``[batch, ..., positions]`` on the key axis of a layer; zero at later positions."""
+    missing = max(total, n_keys) - values.shape[-1]
     if missing > 0:
-        marks = torch.nn.functional.pad(marks, (0, missing))
-    return marks[..., total - n_keys : total] if n_keys <= total else marks[..., :n_keys]
+        values = torch.nn.functional.pad(values, (0, missing))
+    return values[..., total - n_keys : total] if n_keys <= total else values[..., :n_keys]

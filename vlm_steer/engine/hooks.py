@@ -16,6 +16,7 @@ The hooks, in the order in which data passes them:
 ``marks``       a read-only look at a layer's input that marks key columns (sinks)
 ``carry``       a read-only look at a layer's input that hands a state on from layer to layer
 ``scores``      attention scores of the steered rows, before the mask and the softmax
+``tally``       a read-only look at the attention of every prompt row, summed over them
 ``weights``     attention weights of the steered rows, after the softmax
 ``look``        a read-only look at the attention of the steered rows, for ``heads`` to use
 ``choose``      a read-only look at the predicting row's attention that selects image tokens, for
@@ -33,7 +34,7 @@ A hook that is not overridden costs nothing.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
@@ -254,7 +255,8 @@ class At:
         grid: Where the image tokens of the prompt lie; only for methods with ``needs_grid``.
         on_rows: Values ``[batch, prompt]`` of the prompt's tokens -> those of the rows at hand,
             ``[batch, rows]``, 0 for generated tokens.
-        on_keys: The same for the key columns of this layer, ``[batch, key]``.
+        on_keys: The same for the key columns of this layer, ``[batch, key]``; further axes may
+            stand between.
         is_own: ``is_own()`` is ``[rows, key]``, ``True`` where the column is the row's own token,
             nowhere in cross-attention.
         once: ``once(name, make)`` returns ``make()`` of the first call in this generation, per
@@ -274,6 +276,10 @@ class At:
             ``needs_readout``.
         prompt_rows: How many of the rows at hand belong to the prompt; they come first. Without a
             cache the prompt and all generated tokens pass together.
+        row_before: In the ``tally`` hook, the weights of the row before the block at hand,
+            ``[batch, heads, 1, key]``; zeros before the first row of a pass.
+        tally: ``[batch, ..., prompt]``, the sum over all prompt rows of what the method's own
+            ``tally`` hook returned at this layer, by position; ``on_keys`` puts it on the columns.
         carried: What the method's own ``carry`` hook returned at this layer.
         mlp_input: In the ``mlp`` hook, what the MLP was given, ``[batch, rows, hidden]``.
         image_features: ``[batch, image_tokens, hidden]``, the embeddings of the image tokens as
@@ -304,6 +310,8 @@ class At:
     sum_over_rows: Callable[[Callable[["At"], Tensor]], Tensor] = _no_rotation
     to_logits: ToLogits = no_logits
     prompt_rows: int = 0
+    row_before: Tensor | None = None
+    tally: Tensor | None = None
     carried: Tensor | None = None
     mlp_input: Tensor | None = None
     image_features: Tensor | None = None
@@ -373,7 +381,7 @@ class Reference:
 
 
 _LAYER_HOOKS = (
-    *("embeds", "mask", "marks", "carry", "scores", "weights", "look", "choose"),
+    *("embeds", "mask", "marks", "carry", "scores", "tally", "weights", "look", "choose"),
     *("heads", "mlp", "hidden", "observe"),
 )
 
@@ -501,6 +509,15 @@ class Method(metaclass=_Strict):
         """
         return positions
 
+    # -- calibration ------------------------------------------------------------------------
+    def candidates(self, model: "ModelInfo") -> "tuple[Method, ...]":
+        """Variants of this method to compare with the unsteered model, each by itself."""
+        raise ConfigError(f"{self.name} has nothing to calibrate.")
+
+    def calibrated(self, candidates: "Sequence[Method]", gains: Sequence[float]) -> dict[str, Any]:
+        """What to write into the file, given how much each candidate raised the accuracy."""
+        raise NotImplementedError
+
     # -- in every forward -------------------------------------------------------------------
     def embeds(self, embeds: Tensor, at: At) -> Tensor:
         """``[batch, prompt, hidden]`` input of the first layer; same shape back."""
@@ -532,6 +549,21 @@ class Method(metaclass=_Strict):
     def weights(self, weights: Tensor, at: At) -> Tensor:
         """``[batch, heads, rows, key]`` float32 weights whose rows sum to 1; same shape back."""
         return weights
+
+    def tally(self, weights: Tensor, at: At) -> Tensor:
+        """Something about every key column that is a sum over the prompt's rows.
+
+        Called for the whole prompt, block of rows by block of rows, before the ``weights`` hook of
+        the same layer. Padding rows are among the rows; ``at.is_row`` tells.
+
+        Args:
+            weights: ``[batch, heads, rows, key]`` float32 weights, before the ``weights`` hooks.
+            at: The view.
+
+        Returns:
+            ``[batch, ..., key]``; the sum over all blocks is found in ``At.tally``.
+        """
+        raise NotImplementedError
 
     def look(self, scores: Tensor, weights: Tensor, at: At) -> Tensor:
         """What ``heads`` of the same layer needs to know about the attention of its rows.

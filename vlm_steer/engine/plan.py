@@ -14,10 +14,10 @@ from vlm_steer.errors import CompositionError, ConfigError, UnsupportedModelErro
 __all__ = ["Bound", "Plan", "Work", "make_plan"]
 
 _ROW_HOOKS = ("scores", "weights", "look", "heads", "mlp", "hidden")
-_PROMPT_HOOKS = ("prepare", "positions", "mask")
-_ATTENTION_HOOKS = ("mask", "scores", "weights", "look", "choose", "heads", "observe")
+_PROMPT_HOOKS = ("prepare", "positions", "mask", "tally")
+_ATTENTION_HOOKS = ("mask", "scores", "tally", "weights", "look", "choose", "heads", "observe")
 _LAYER_HOOKS = ("hidden", "mlp")
-_RECOMPUTED = ("scores", "weights", "look", "choose", "observe")
+_RECOMPUTED = ("scores", "tally", "weights", "look", "choose", "observe")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -64,6 +64,7 @@ class Work:
     site: AttentionSite
     mask: tuple[Bound, ...]
     scores: tuple[Bound, ...]
+    tally: tuple[Bound, ...]
     weights: tuple[Bound, ...]
     look: tuple[Bound, ...]
     choose: tuple[Bound, ...]
@@ -73,7 +74,8 @@ class Work:
     @property
     def needs_rows(self) -> bool:
         """Whether rows of the attention matrix have to be computed."""
-        return bool(self.scores or self.weights or self.look or self.choose or self.observe)
+        hooks = (self.scores, self.tally, self.weights, self.look, self.choose, self.observe)
+        return any(hooks)
 
 
 @dataclass(frozen=True, eq=False)

@@ -146,7 +146,7 @@ class Run:
         positive = Stream("positive", self._layout(kwargs))
         call = Call(self.plan, positive, grids_among(raw), max(copies, 1))
         if self._earlier is not None:
-            call.positive.inherit(self._earlier.positive)
+            self._inherit(call.positive, self._earlier)
         has_image = call.positive.layout.has_image
         if has_image:
             for bound in self.plan.with_hook("prepare"):
@@ -156,6 +156,11 @@ class Run:
             for stream in self.branches.streams():
                 stream.prepared.update(call.positive.prepared)
         return call
+
+    def _inherit(self, stream: Stream, earlier: Call) -> None:
+        """Take over what an earlier generation learnt about the tokens in its cache."""
+        theirs, mine = ([b.method.name for b in plan.bounds] for plan in (earlier.plan, self.plan))
+        stream.inherit(earlier.positive, same_methods=theirs == mine)
 
     def _layout(self, kwargs: dict[str, Any]) -> Layout:
         rows, length = n_rows(kwargs), n_tokens(kwargs)

@@ -84,6 +84,7 @@ from vlm_steer.functional.sinks import (
     sink_lifetimes,
     sink_tokens,
     sink_transfer_scales,
+    spread_sinks,
     transfer_scales,
 )
 from vlm_steer.functional.tokens import (
@@ -157,6 +158,7 @@ __all__ = [
     "sink_tokens",
     "sink_transfer_scales",
     "spin_gate",
+    "spread_sinks",
     "steering_direction",
     "summed_visual_attention_ratio",
     "transfer_scales",

@@ -266,14 +266,15 @@ def received_attention(weights: Tensor, *, mask: Tensor | None = None) -> Tensor
     return received.masked_fill(~mask[:, None, :], 0)
 
 
-def attention_sinks(received: Tensor, *, theta: float) -> Tensor:
+def attention_sinks(received: Tensor, *, theta: float | Tensor) -> Tensor:
     """Marks the tokens that receive more than `theta`, except the first such token (ACT).
 
     The exception is the beginning-of-sequence token, a sink that the model needs.
 
     Args:
         received: mean attention received, `[..., sequence]` float, see `received_attention`.
-        theta: threshold in [0, 1] (official code: 0.1; paper: 5 / sequence length).
+        theta: threshold in [0, 1] (official code: 0.1; paper: 5 / sequence length), a number or
+            broadcastable to `received`.
 
     Returns:
         bool, shape of `received`.
@@ -314,9 +315,36 @@ def act_calibrate(
     """
     index = torch.as_tensor(list(heads), dtype=torch.long, device=weights.device)
     a = upcast(weights.index_select(1, index))
-    sinks = attention_sinks(received_attention(a, mask=mask), theta=theta)[:, :, None, :]
-    scales = transfer_scales(masked_sum(a, sinks), masked_sum(a, ~sinks), keep=beta)
-    factor = torch.where(sinks, scales.source[..., None], scales.target[..., None])
+    sinks = attention_sinks(received_attention(a, mask=mask), theta=theta)
+    spread = spread_sinks(a, sinks, ~sinks, keep=beta)
     if mask is not None:
-        factor = torch.where(mask[:, None, :, None], factor, 1.0)
-    return weights.index_copy(1, index, (a * factor).to(weights.dtype))
+        spread = torch.where(mask[:, None, :, None], spread, a)
+    return weights.index_copy(1, index, spread.to(weights.dtype))
+
+
+def spread_sinks(weights: Tensor, sinks: Tensor, targets: Tensor, *, keep: float) -> Tensor:
+    """Moves attention from sinks to other columns, in proportion to what these have (ACT, step 2).
+
+    With m_S and m_T the mass of a row on the sinks S and on the targets T (arXiv 2406.15765)::
+
+        A'_j = keep * A_j                          j in S
+        A'_j = A_j * (1 + (1 - keep) * m_S / m_T)  j in T
+        A'_j = A_j                                 otherwise
+
+    Row sums do not change. A row that sees no target stays as it is.
+
+    Args:
+        weights: post-softmax attention of any rows, `[batch, heads, query, key]` float.
+        sinks: bool, broadcastable to `[batch, heads, key]`.
+        targets: bool, same; disjoint from `sinks`. The paper: every other column.
+        keep: fraction of their attention that sinks retain, in [0, 1]; 1 is identity, bitwise.
+
+    Returns:
+        New weights, shape and dtype of `weights`.
+    """
+    a = upcast(weights)
+    source, target = sinks[:, :, None, :], targets[:, :, None, :]
+    scales = transfer_scales(masked_sum(a, source), masked_sum(a, target), keep=keep)
+    factor = torch.where(target, scales.target[..., None], 1.0)
+    factor = torch.where(source, scales.source[..., None], factor)
+    return (a * factor).to(weights.dtype)

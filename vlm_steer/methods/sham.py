@@ -153,6 +153,9 @@ class Sham(Method):
         change = self.imitated.scores(scores, at) - scores
         return scores + self._elsewhere(change, at)
 
+    def tally(self, weights: Tensor, at: At) -> Tensor:
+        return self.imitated.tally(weights, at)
+
     def weights(self, weights: Tensor, at: At) -> Tensor:
         moved = (self.imitated.weights(weights, at) - weights).abs().sum(dim=-1, keepdim=True) / 2
         chosen = (self._seats(at) < _SHARE) & ~at.columns.is_padding
