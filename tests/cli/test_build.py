@@ -49,3 +49,18 @@ def test_missing_pairs_fail_by_name(run, tmp_path):
     code, _, err = run("build", "vti", "--model", "tiny", *options, "--output", output)
     assert code == 1
     assert "do not exist" in err
+
+
+def test_head_scores_are_built_and_mask(run, pictures, tmp_path):
+    output = tmp_path / "heads.json"
+    options = ("--model", "tiny", "--image", pictures[0], "--max-new-tokens", 4)
+    code, out, _ = run("build", "decore", *options, "--output", output)
+    assert code == 0
+    assert "heads on 1 images" in out
+    code, out, _ = run(
+        *("generate", "--model", "tiny", "--image", pictures[0], "--prompt", "What is there?"),
+        *("--method", "decore", "--set", f"decore.head_file={output}"),
+        *("--max-new-tokens", 4, "--json"),
+    )
+    assert code == 0
+    assert json.loads(out)["effects"][0]["decore"]["probability_moved"] > 0

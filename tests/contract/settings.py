@@ -12,6 +12,7 @@ from tests.families import zoo
 from vlm_steer.directions import Directions
 from vlm_steer.engine.hooks import At, Attends, Branch, LogitsAt, Method, Rows
 from vlm_steer.engine.model import ModelInfo, inspect_model
+from vlm_steer.heads import write_head_scores
 from vlm_steer.registry import list_methods
 
 CI_FAMILIES = ("llava", "qwen2_5_vl", "gemma3", "mllama")
@@ -80,6 +81,20 @@ ACTIVE = {
         "strength": 0.4,
         "layers": [0.25, 0.75],
     },
+    "decore": lambda family: {"method": "decore", "head_file": heads_for(family), "n_heads": 3},
+    "decore_uniform+vcd": lambda family: {
+        "methods": [
+            {
+                "method": "decore",
+                "head_file": heads_for(family),
+                "n_heads": 0.25,
+                "mask_by": "uniform",
+                "alpha": 0.5,
+                "beta": 0.1,
+            },
+            {"method": "vcd", "alpha": 0.5, "noise_step": 400},
+        ]
+    },
     "vista_residual": {"method": "vista", "site": "residual", "strength": 0.05, "gamma": 0.0},
     "vista+vcd": {
         "methods": [
@@ -128,6 +143,7 @@ NEUTRAL = {
     "memvr": {"method": "memvr", "alpha": 0.0},
     "knockout": {"method": "knockout", "queries": []},
     "vti": {"method": "vti", "strength": 0.0},
+    "decore": {"method": "decore", "alpha": 0.0},
     "vista": {"method": "vista", "strength": 0.0, "gamma": 0.0},
     "act": {"method": "act", "beta": 1.0},
     "lookback_ratio": {"method": "lookback_ratio"},
@@ -204,6 +220,15 @@ def spec_for(family: str, setting: str) -> object:
         pytest.skip(f"{setting} refuses {family}: {REFUSALS[family, setting]}")
     spec = ACTIVE[setting]
     return spec(family) if callable(spec) else spec
+
+
+@functools.cache
+def heads_for(family: str) -> str:
+    """A file of head scores for a family of the zoo, the best heads in different layers."""
+    heads = [(layer, head) for head in range(zoo.HEADS) for layer in range(zoo.LAYERS)]
+    path = zoo.build(family).with_suffix(".json")
+    write_head_scores(path, {head: [1.0 / (1 + i)] for i, head in enumerate(heads)})
+    return str(path)
 
 
 @functools.cache

@@ -11,10 +11,12 @@ from vlm_steer.commands.options import (
     DeviceMap,
     Dtype,
     Limit,
+    MaxNewTokens,
     ModelName,
     Quantization,
     Revision,
 )
+from vlm_steer.errors import ConfigError
 
 __all__ = ["register"]
 
@@ -26,6 +28,9 @@ def register(app: typer.Typer) -> None:
         epilog="Example: vlm-steer build vti --model tiny --pairs pairs.jsonl --images photos "
         "--output directions.safetensors"
     )(vti)
+    group.command(
+        epilog="Example: vlm-steer build decore --model tiny --image photos --output heads.json"
+    )(decore)
     app.add_typer(group, name="build", help="Make files that methods need, such as directions.")
 
 
@@ -60,13 +65,9 @@ def vti(
     attn: Attn = None,
 ) -> None:
     """Make the directions of vti from pairs of correct and hallucinated captions."""
+    _refuse_output(output, ".safetensors")
     from vlm_steer.commands import directions
-    from vlm_steer.errors import ConfigError
 
-    if output.suffix != ".safetensors":
-        raise ConfigError(f"--output {output} does not end in .safetensors.")
-    if output.exists():
-        raise ConfigError(f"--output {output} exists already. Remove it or choose another name.")
     found = directions.read_pairs(pairs, images)[:limit]
 
     from vlm_steer.loading import load_model
@@ -83,3 +84,63 @@ def vti(
     made.save(output)
     layers, hidden = made.vectors.shape
     typer.echo(f"{output}: {layers} directions of {hidden}, from {len(found)} pairs.")
+
+
+def decore(
+    model: ModelName,
+    images: Annotated[
+        list[Path], typer.Option("--image", help="An image file, or a folder of them. Repeatable.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", help="File to write, FILE.json. Not overwritten.")
+    ],
+    prompt: Annotated[
+        str, typer.Option("--prompt", help="What to ask about each image.")
+    ] = "Describe this image in detail.",
+    limit: Limit = None,
+    batch_size: BatchSize = 1,
+    max_new_tokens: MaxNewTokens = 32,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    quantization: Quantization = None,
+    revision: Revision = None,
+    attn: Attn = None,
+) -> None:
+    """Score attention heads by how often they look at the image while the model answers."""
+    _refuse_output(output, ".json")
+    from vlm_steer.commands import head_scores
+    from vlm_steer.heads import write_head_scores
+
+    files = head_scores.image_files(images)[:limit]
+
+    from vlm_steer.loading import load_model
+
+    loaded, processor = load_model(
+        model,
+        dtype=dtype,
+        device_map=device_map,
+        quantization=quantization,
+        revision=revision,
+        attn=attn,
+    )
+    scores = head_scores.visual_heads(
+        loaded,
+        processor,
+        files,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
+    write_head_scores(output, scores)
+    (layer, head), best = max(scores.items(), key=lambda item: sum(item[1]))
+    typer.echo(
+        f"{output}: {len(scores)} heads on {len(files)} images; head {layer}-{head} looks at the "
+        f"image for {sum(best) / len(best):.0%} of the tokens."
+    )
+
+
+def _refuse_output(output: Path, suffix: str) -> None:
+    if output.suffix != suffix:
+        raise ConfigError(f"--output {output} does not end in {suffix}.")
+    if output.exists():
+        raise ConfigError(f"--output {output} exists already. Remove it or choose another name.")
