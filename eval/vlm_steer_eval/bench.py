@@ -33,6 +33,7 @@ import vlm_steer
 from vlm_steer.config import Spec, resolve
 from vlm_steer.directions import Directions
 from vlm_steer.errors import ConfigError, SteerWarning
+from vlm_steer.heads import write_head_scores
 
 __all__ = ["SETTINGS", "SHAPES", "Cost", "Shape", "build_model", "every_arm", "measure_overhead"]
 
@@ -176,21 +177,26 @@ def measure_overhead(
     plans = [("sdpa", arm) for arm in arms]
     plans += [("eager", arm) for arm in ("none", *arms)] if with_eager else []
     with tempfile.TemporaryDirectory() as folder:
-        if "vti" in specs:
-            specs["vti"] = {"method": "vti", "directions": _random_directions(model, folder)}
+        made = _made_for(model, folder)
+        specs |= {arm: made[arm] for arm in specs if arm in made}
         for attention, arm in tqdm(plans, desc=f"{image_tokens} image tokens", leave=False):
             ratios = _ratios(model, inputs, specs.get(arm), attention, new_tokens, repeats)
             costs.append(Cost(arm, attention, image_tokens, *ratios))
     return costs
 
 
-def _random_directions(model: PreTrainedModel, folder: str) -> str:
-    """A file of directions for the random model; what they point at does not cost time."""
+def _made_for(model: PreTrainedModel, folder: str) -> dict[str, Spec]:
+    """Arms that need files made for the model; what is in them does not cost time."""
     config = model.config.get_text_config(decoder=True)
-    vectors = torch.randn(config.num_hidden_layers, config.hidden_size)
-    path = f"{folder}/vti.safetensors"
-    Directions(vectors, "vti", str(model.config.model_type), {}).save(path)
-    return path
+    layers = config.num_hidden_layers
+    directions, heads = f"{folder}/vti.safetensors", f"{folder}/decore.json"
+    vectors = torch.randn(layers, config.hidden_size)
+    Directions(vectors, "vti", str(model.config.model_type), {}).save(directions)
+    write_head_scores(heads, {(layer, 0): [1.0] for layer in range(layers)})
+    return {
+        "vti": {"method": "vti", "directions": directions},
+        "decore": {"method": "decore", "head_file": heads, "n_heads": layers},
+    }
 
 
 def _ratios(

@@ -154,11 +154,12 @@ class DeCoRe(Method):
         scores = read_head_scores(self.head_file)
         size = (model.n_layers, int(model.text_config.num_attention_heads))
         outside = [head for head in scores if head[0] >= size[0] or head[1] >= size[1]]
-        self.require(
-            not outside,
-            f"{self.head_file} has head {'-'.join(map(str, (outside or [()])[0]))}, but this model "
-            f"has {size[0]} layers of {size[1]} heads; it was made for another model",
-        )
+        if outside:
+            layer, head = outside[0]
+            raise ConfigError(
+                f"{self.name}: {self.head_file} has head {layer}-{head}, but this model has "
+                f"{size[0]} layers of {size[1]} heads; it was made for another model."
+            )
         layers = select(self.layers, model.n_layers)
         known = [head for head in scores if head[0] in layers]
         n = self.n_heads
