@@ -240,7 +240,7 @@ class _Rows:
         for start in range(0, stop, _BLOCK):
             rows = (start, min(start + _BLOCK, stop))
             closed = self._closed(*rows)
-            scores = self._scores(*rows, closed, measured=False)
+            scores = self._hooked_scores(*rows, closed, measured=False)
             weights = self._softmax(scores, closed, slice(None), rows)
             if self._has_sink:
                 weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -254,7 +254,9 @@ class _Rows:
         for (bound, stream), total in totals.items():
             self.forward.add_tally(bound, stream, self.layer, total)
 
-    def _scores(self, start: int, stop: int, closed: Tensor | None, *, measured: bool) -> Tensor:
+    def _hooked_scores(
+        self, start: int, stop: int, closed: Tensor | None, *, measured: bool
+    ) -> Tensor:
         """``[batch, heads, rows, key]`` float32 scores after their hooks, before the mask."""
         rows = (start, stop)
         scores = self._scores(self.query[:, :, start:stop], self.key)
@@ -275,7 +277,7 @@ class _Rows:
         rows = (start, stop)
         closed = self._closed(start, stop)
         measured = self.forward.call.is_measured
-        scores = self._scores(start, stop, closed, measured=measured)
+        scores = self._hooked_scores(start, stop, closed, measured=measured)
         weights = self._softmax(scores, closed, slice(None), rows)
         # What a sink that is no token takes stays out of the hooks' reach: their rows sum to 1.
         has_sink = bool(self.acting.weights) and self._has_sink
