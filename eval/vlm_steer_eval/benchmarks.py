@@ -9,6 +9,7 @@ from .chair import CHAIR_METRICS
 from .hallusionbench import HALLUSION_METRICS
 from .metrics import MetricSet
 from .mme import MME_METRICS
+from .mmhal import MMHAL_METRICS
 from .opope import OPOPE_METRICS
 from .pope import POPE_METRICS
 
@@ -23,6 +24,7 @@ BENCHMARKS: Mapping[str, MetricSet] = MappingProxyType(
         "hallusionbench": HALLUSION_METRICS,
         "opope": OPOPE_METRICS,
         "beaf": BEAF_METRICS,
+        "mmhal": MMHAL_METRICS,
     }
 )
 

@@ -25,6 +25,7 @@ __all__ = [
     "score_chair",
     "score_hallusionbench",
     "score_mme",
+    "score_mmhal",
     "score_opope",
     "score_pope",
 ]
@@ -34,6 +35,7 @@ BeafParserName: TypeAlias = Literal["robust", "official"]
 HallusionParserName: TypeAlias = Literal[
     "robust", "official", "opera", "repope", "vlmevalkit", "lmms_intern"
 ]
+MmhalReadingName: TypeAlias = Literal["robust", "official"]
 MmeParserName: TypeAlias = Literal["robust", "official", "lmms_eval", "vlmevalkit"]
 OpopeReaderName: TypeAlias = Literal["table", "halc"]
 Part: TypeAlias = Literal[
@@ -295,6 +297,37 @@ def score_beaf(
         questions, answers, parser=parser, output=output, n_resamples=resamples, seed=seed
     )
     _show(result, f"BEAF, parser {parser}, n = {result['n']}")
+
+
+def score_mmhal(
+    responses: Annotated[
+        Path, typer.Option("--responses", help="The benchmark's template with model_answer.")
+    ],
+    judge: Annotated[
+        str,
+        typer.Option(
+            "--judge",
+            help="recorded:FILE, or endpoint:MODEL@URL with its key in VLM_STEER_JUDGE_KEY.",
+        ),
+    ],
+    output: OutputFolder,
+    reading: Annotated[
+        MmhalReadingName, typer.Option("--reading", help="How ratings are read.")
+    ] = "robust",
+    resamples: Resamples = 10_000,
+    seed: Seed = 0,
+) -> None:
+    """Score MMHal-Bench by a judge; replies of an endpoint are kept in the output folder."""
+    from .judge import load_judge
+    from .mmhal import score_mmhal as score
+
+    rater = load_judge(judge, output / "judge.jsonl")
+    result = score(
+        responses, rater, reading=reading, output=output, n_resamples=resamples, seed=seed
+    )
+    _show(result, f"MMHal-Bench, judge {rater.name}, n = {result['n']}")
+    if result["metrics"]["unrated"]["value"]:
+        _note(f"{result['metrics']['unrated']['value']} replies hold no rating and were left out")
 
 
 def _show(result: dict[str, Any], title: str) -> None:

@@ -23,6 +23,7 @@ from .command_score import (
     score_chair,
     score_hallusionbench,
     score_mme,
+    score_mmhal,
     score_opope,
     score_pope,
 )
@@ -77,6 +78,11 @@ def register(app: typer.Typer) -> None:
         epilog="Example: vlm-steer score beaf --questions beaf_qna.json --answers answers.jsonl "
         "--output out",
     )(score_beaf)
+    score.command(
+        "mmhal",
+        epilog="Example: vlm-steer score mmhal --responses responses.json "
+        "--judge recorded:replies.jsonl --output out",
+    )(score_mmhal)
     app.add_typer(evaluate, name="eval")
     app.add_typer(score, name="score")
     app.command(

@@ -7,6 +7,7 @@ import numpy as np
 
 from .arms import BASELINE
 from .counts import Unit
+from .first_token import first_token_scores, ranked_auroc
 from .metrics import compare, summarise
 from .runner import RunResult
 from .scoring import parser_sensitivity
@@ -17,6 +18,9 @@ __all__ = ["ALL", "Scores", "auroc", "evaluate", "sample_rows", "score_all", "un
 
 ALL = "all"
 """All splits pooled."""
+
+_RANKINGS = 1000
+"""Resamples of what has to be ranked anew in each of them."""
 
 Scores = dict[str, dict[str, Scored]]
 
@@ -43,7 +47,8 @@ def evaluate(
         seed: seed of both.
 
     Returns:
-        `arms`: arm -> split -> `metrics`, `n`, truncated and (for yes/no tasks) `auroc`;
+        `arms`: arm -> split -> `metrics`, `n`, truncated and (for yes/no tasks) `auroc`
+            and `first_token`;
         `differences`: arm -> split -> metric -> paired difference against `none` with interval, p,
             and p
         after Holm's correction over the arms; and what else there is to know about the run.
@@ -122,16 +127,11 @@ def auroc(margins: Sequence[float | None], positives: Sequence[bool]) -> float |
     None where either side is missing, or no margin was measured.
     """
     known = [(m, p) for m, p in zip(margins, positives, strict=True) if m is not None]
-    n_positive = sum(p for _, p in known)
-    n_negative = len(known) - n_positive
-    if not n_positive or not n_negative:
+    if not known:
         return None
-    values = np.array([m for m, _ in known])
-    is_positive = np.array([p for _, p in known])
-    _, index, count = np.unique(values, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(count) - (count - 1) / 2)[index]
-    above = ranks[is_positive].sum() - n_positive * (n_positive + 1) / 2
-    return float(above / (n_positive * n_negative))
+    values, truth = (np.array(column) for column in zip(*known, strict=True))
+    area = float(ranked_auroc(values, truth, np.ones((1, len(values))))[0])
+    return None if np.isnan(area) else area
 
 
 def _splits(items: Sequence[Item]) -> dict[str, list[Item]]:
@@ -165,6 +165,13 @@ def _summary(
         summary["auroc"] = auroc(
             [records[item.id]["margin"] for item in items],
             [item.gold["label"] == "yes" for item in items],
+        )
+        summary["first_token"] = first_token_scores(
+            [records[item.id]["margin"] for item in items],
+            [item.gold["label"] == "yes" for item in items],
+            [item.cluster for item in items],
+            n_resamples=min(n_resamples, _RANKINGS),
+            seed=seed,
         )
     return summary
 

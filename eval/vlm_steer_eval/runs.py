@@ -15,7 +15,7 @@ from .questions import list_some
 
 __all__ = ["Cost", "RunArm", "Runs", "load_runs"]
 
-_SCORING = ("parser", "normaliser", "similarity", "reader", "part", "images_only")
+_SCORING = ("parser", "normaliser", "similarity", "reader", "part", "images_only", "judge")
 
 
 @dataclass(frozen=True)

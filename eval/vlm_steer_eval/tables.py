@@ -32,11 +32,12 @@ SHOWN: Mapping[str, Mapping[str, bool]] = {
     "mme": {"perception": True, "cognition": True, "hallucination": True, "yes_ratio": True},
     "hallusionbench": {"aAcc": True, "fAcc": True, "qAcc": True, "yes_difference": True},
     "opope": {"accuracy": True, "precision": True, "recall": True, "f_0.2": True},
+    "mmhal": {"rating": True, "hallucination_rate": True, "unrated": False},
     "beaf": {"accuracy": True, "TU": True, "IG": False, "ID": True, "F1_TUID": True},
 }
 """Columns of a benchmark's table, and whether each comes with its difference."""
 
-_COUNTS = frozenset({"n", "TP", "FP", "TN", "FN", "unparsed", "unclear", "truncated"})
+_COUNTS = frozenset({"n", "TP", "FP", "TN", "FN", "unparsed", "unclear", "unrated", "truncated"})
 _AS_IS = frozenset({"Len", "perception", "cognition", "hallucination", "points"})
 
 
@@ -162,6 +163,8 @@ def _number(name: str, value: float | None) -> str:
         return f"{value:.3f}"
     if name in _COUNTS:
         return f"{value:.0f}"
+    if name == "rating":
+        return f"{value:.2f}"
     return f"{value if name in _AS_IS else 100 * value:.1f}"
 
 
