@@ -153,12 +153,14 @@ NEUTRAL = {
     "avisc": {"method": "avisc", "alpha": 0.0, "beta": 0.0},
     "sid": {"method": "sid", "alpha": 0.0, "beta": 0.0},
     "rbd": {"method": "rbd", "alpha": 0.0, "gamma": 0.0, "beta": 0.0},
+    "only": {"method": "only", "alpha": 0.0, "help": 0.0, "beta": 0.0},
 }
 """Parameters at which a method is the unsteered model. ``mma`` has none: it has no strength."""
 
 REFUSALS = {
     ("mllama", "avisc"): "cross-attention",
     ("mllama", "mma"): "cross-attention",
+    ("mllama", "only"): "cross-attention",
     ("mllama", "rbd"): "cross-attention",
     ("mllama", "sid"): "cross-attention",
     ("mllama", "var"): "cross-attention",

@@ -31,6 +31,7 @@ from vlm_steer.functional.heads import (
     VisionAwareHeads,
     image_heads,
     spin_gate,
+    text_visual_entropy,
     vision_aware_heads,
     visual_sensitivity,
 )
@@ -161,6 +162,7 @@ __all__ = [
     "spread_sinks",
     "steering_direction",
     "summed_visual_attention_ratio",
+    "text_visual_entropy",
     "transfer_scales",
     "vdgd_logits",
     "vision_aware_heads",

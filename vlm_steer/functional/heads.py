@@ -123,3 +123,29 @@ def visual_sensitivity(weights: Tensor, visual: Tensor) -> Tensor:
     """
     mass = masked_sum(upcast(weights), visual[:, None, None, :])
     return safe_divide(mass, mass.mean(1, keepdim=True), otherwise=1.0)
+
+
+def text_visual_entropy(weights: Tensor, text: Tensor, visual: Tensor) -> Tensor:
+    """Returns how widely each head spreads over the text, relative to the image (ONLY).
+
+    `H(text) / H(image)` with H the entropy of the attention to these columns, taken as a
+    distribution of its own (ICCV 2025). A head that attends to one image token alone, or to none,
+    has an entropy of 0 there; the ratio then stays finite, and large.
+
+    Args:
+        weights: post-softmax rows, `[batch, heads, query, key]` float.
+        text: bool `[batch, key]`.
+        visual: bool `[batch, key]`.
+
+    Returns:
+        fp32 `[batch, heads, query]`.
+    """
+    attention = upcast(weights)
+    spread = [_entropy(attention, columns[:, None, None, :]) for columns in (text, visual)]
+    return spread[0] / spread[1].clamp(min=1e-6)
+
+
+def _entropy(attention: Tensor, columns: Tensor) -> Tensor:
+    mass = masked_sum(attention, columns, keepdim=True)
+    inside = safe_divide(attention * columns, mass, otherwise=0.0)
+    return torch.special.entr(inside).sum(-1)
