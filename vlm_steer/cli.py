@@ -149,13 +149,13 @@ def models(
     attn: Attn = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the model families that transformers knows, or check what can be done with a model."""
+    """Show how model families can be steered, or check what can be done with a model."""
     from vlm_steer.commands import models as about
     from vlm_steer.commands import tables
 
     if check is None:
-        families = about.families()
-        _print_json(families) if as_json else tables.show_families(families)
+        seen = about.checked()
+        _print_json(seen) if as_json else tables.show_families(seen)
         return
     from vlm_steer.config import resolve
     from vlm_steer.loading import load_model

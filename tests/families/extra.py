@@ -74,6 +74,7 @@ ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 MROPE = {"rope_parameters": ROPE}
 WHOLE_ROPE = {"rope_parameters": {**ROPE, "partial_rotary_factor": 1.0}}
 DEEPSTACK = {"vision_config": {"deepstack_visual_indexes": [0]}}
+HYBRID = {"text_config": {"layer_types": ["linear_attention", "full_attention"] * 2}}
 FIELDS: Mapping[str, dict[str, Any]] = MappingProxyType(
     {
         "aria": {
@@ -118,7 +119,33 @@ FIELDS: Mapping[str, dict[str, Any]] = MappingProxyType(
             },
             "vision_config": {"num_image_tokens": 16},
         },
-        "kimi_k25": {"text_config": {"num_key_value_heads": zoo.HEADS}},
+        "gemma4": {
+            "vision_config": {
+                "hidden_size": zoo.HIDDEN,
+                "intermediate_size": 2 * zoo.HIDDEN,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": zoo.HIDDEN // 2,
+                "patch_size": zoo.PATCH,
+                "pooling_kernel_size": 2,
+                "position_embedding_size": 16,
+            }
+        },
+        "gemma4_unified": {
+            "vision_config": {
+                "patch_size": zoo.PATCH,
+                "pooling_kernel_size": 1,
+                "mm_embed_dim": zoo.HIDDEN,
+                "mm_posemb_size": 16,
+                "output_proj_dims": zoo.HIDDEN,
+            }
+        },
+        "deepseek_vl_hybrid": {"high_res_vision_config": {"global_attn_indexes": [0]}},
+        "kimi_k25": {
+            "projection_hidden_size": zoo.HIDDEN,
+            "text_config": {"num_key_value_heads": zoo.HEADS},
+        },
         "llama4": {
             "vision_config": {"intermediate_size": 128, "vision_output_dim": zoo.HIDDEN},
         },
@@ -133,6 +160,8 @@ FIELDS: Mapping[str, dict[str, Any]] = MappingProxyType(
         "paddleocr_vl": {"text_config": MROPE},
         "muse_glimmer": {"out_hidden_size": 4 * zoo.HIDDEN},
         "qwen3_vl_moe": DEEPSTACK,
+        **dict.fromkeys(["minicpm_ocr", "minicpmv4_6", "minicpmv4_7"], HYBRID),
+        **dict.fromkeys(["qwen3_5", "qwen3_5_moe"], HYBRID),
         "step3p7": {"text_config": {"sliding_window": 12}},
         "vipllava": {"vision_feature_layers": [-2, -1]},
     }
@@ -193,6 +222,129 @@ def _grid(config: PreTrainedConfig, *, flat: bool = True, merges: bool = False) 
     return look
 
 
+def _patches(pixels: Tensor, side: int = zoo.PATCH) -> Tensor:
+    """Tiles [images, channels, height, width] -> patches [images, patches, values]."""
+    return torch.nn.functional.unfold(pixels, side, stride=side).transpose(1, 2)
+
+
+def _sides(count: int, side: int = zoo.SIDE // zoo.PATCH) -> Tensor:
+    return torch.full((count, 2), side)
+
+
+def _padded_patches(config: PreTrainedConfig) -> Look:
+    """SigLIP 2 patches with their grid and a mask, merged two by two."""
+    plain = _tile(4, config)
+
+    def look(pictures: zoo.Pictures) -> tuple[list[list[int]], Inputs]:
+        blocks, tensors = plain(pictures)
+        patches = _patches(tensors["pixel_values"])
+        mask = torch.ones(patches.shape[:2], dtype=torch.long)
+        sizes = _sides(len(pictures))
+        return blocks, {
+            "pixel_values": patches,
+            "spatial_shapes": sizes,
+            "pixel_attention_mask": mask,
+        }
+
+    return look
+
+
+def _placed_patches(tokens: int, config: PreTrainedConfig) -> Look:
+    """Gemma 4: patches with values in [0, 1] and their (x, y) places."""
+    plain = _tile(tokens, config)
+    side = zoo.SIDE // zoo.PATCH
+
+    def look(pictures: zoo.Pictures) -> tuple[list[list[int]], Inputs]:
+        blocks, tensors = plain(pictures)
+        places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).flip(1)
+        return blocks, {
+            "pixel_values": _patches(tensors["pixel_values"] / 2 + 0.5),
+            "image_position_ids": places.expand(len(pictures), -1, -1).clone(),
+        }
+
+    return look
+
+
+def _row_marks(config: PreTrainedConfig) -> Look:
+    """Hunyuan: merged patches with a mark after every row, one before and one after the image."""
+    plain = _grid(config)
+
+    def look(pictures: zoo.Pictures) -> tuple[list[list[int]], Inputs]:
+        _, tensors = plain(pictures)
+        sizes = (tensors["image_grid_thw"][:, 1:] // 2).tolist()
+        return [[zoo.START, *[zoo.IMAGE] * (h * (w + 1) + 2)] for h, w in sizes], tensors
+
+    return look
+
+
+def _merged_tiles(config: PreTrainedConfig) -> Look:
+    """Inkling 2: squares of merged patches, channels last, with the grid of squares."""
+    side = zoo.PATCH * config.vision_config.spatial_merge_size
+    per_row = zoo.SIDE // side
+    plain = _tile(per_row**2, config)
+
+    def look(pictures: zoo.Pictures) -> tuple[list[list[int]], Inputs]:
+        blocks, tensors = plain(pictures)
+        squares = _patches(tensors["pixel_values"], side).flatten(0, 1)
+        grid = torch.tensor([[1, per_row, per_row]]).repeat(len(pictures), 1)
+        pixels = squares.view(-1, 3, side, side).permute(0, 2, 3, 1)
+        return blocks, {"pixel_values": pixels.contiguous(), "image_grid_thw": grid}
+
+    return look
+
+
+def _flat_patches(config: PreTrainedConfig) -> Look:
+    """Fuyu: patches are tokens."""
+    plain = _tile(16, config)
+
+    def look(pictures: zoo.Pictures) -> tuple[list[list[int]], Inputs]:
+        blocks, tensors = plain(pictures)
+        return blocks, {"image_patches": _patches(tensors["pixel_values"])}
+
+    return look
+
+
+def _strip(tokens: int, config: PreTrainedConfig) -> Look:
+    """MiniCPM: patches of all images in one strip."""
+    plain = _tile(tokens, config)
+
+    def look(pictures: zoo.Pictures) -> tuple[list[list[int]], Inputs]:
+        blocks, tensors = plain(pictures)
+        patches = _patches(tensors["pixel_values"]).flatten(0, 1)
+        strip = patches.view(-1, 3, zoo.PATCH, zoo.PATCH).permute(1, 2, 0, 3)
+        sizes = _sides(len(pictures))
+        return blocks, {"pixel_values": strip.flatten(2)[None], "target_sizes": sizes}
+
+    return look
+
+
+def _two_resolutions(config: PreTrainedConfig) -> Look:
+    """DeepSeek-VL hybrid: every image twice."""
+    plain = _tile(16, config)
+    side = config.high_res_vision_config.image_size
+
+    def look(pictures: zoo.Pictures) -> tuple[list[list[int]], Inputs]:
+        blocks, tensors = plain(pictures)
+        pixels = tensors["pixel_values"]
+        large = torch.nn.functional.interpolate(pixels, (side, side))
+        return blocks, {"pixel_values": pixels, "high_res_pixel_values": large}
+
+    return look
+
+
+def _masked_tiles(config: PreTrainedConfig) -> Look:
+    """Granite Docling: the tiles of a row under a leading axis, and which of them are real."""
+    vision = config.vision_config
+    plain = _tile((zoo.SIDE // zoo.PATCH // vision.scale_factor) ** 2, config)
+
+    def look(pictures: zoo.Pictures) -> tuple[list[list[int]], Inputs]:
+        blocks, tensors = plain(pictures)
+        mask = torch.ones((1, len(pictures)), dtype=torch.bool)
+        return blocks, {"pixel_values": tensors["pixel_values"][None], "pixel_attention_mask": mask}
+
+    return look
+
+
 LookOf = Callable[[PreTrainedConfig], Look]
 IMAGES: Mapping[str, LookOf] = MappingProxyType(
     {
@@ -216,6 +368,19 @@ IMAGES: Mapping[str, LookOf] = MappingProxyType(
         "idefics2": functools.partial(_row_tile, 64),
         "janus": functools.partial(_tile, 16),
         "lfm3_vl": _grid,
+        "fuyu": _flat_patches,
+        "gemma4": functools.partial(_placed_patches, 4),
+        "gemma4_unified": functools.partial(_placed_patches, 16),
+        "hunyuan_vl": _row_marks,
+        "granite_docling": _masked_tiles,
+        "inkling2": _merged_tiles,
+        "kimi_k25": functools.partial(_grid, flat=False),
+        "lfm2_vl": _padded_patches,
+        "minicpm_ocr": functools.partial(_strip, 4),
+        "minicpmv4_6": functools.partial(_strip, 1),
+        "minicpmv4_7": functools.partial(_strip, 1),
+        "mistral_large4": functools.partial(_sized_tile, 4),
+        "deepseek_vl_hybrid": _two_resolutions,
         "lighton_ocr": functools.partial(_sized_tile, 4),
         "llama4": functools.partial(_tile, 4),
         "llava_next_video": lambda config: zoo.anyres(),
@@ -238,20 +403,7 @@ IMAGES: Mapping[str, LookOf] = MappingProxyType(
 
 TEXT_ONLY: tuple[str, ...] = (
     "deepseek_ocr2",
-    "deepseek_vl_hybrid",
-    "fuyu",
-    "gemma4",
-    "gemma4_unified",
-    "hunyuan_vl",
-    "granite_docling",
-    "inkling2",
-    "kimi_k25",
     "kosmos-2.5",
-    "lfm2_vl",
-    "minicpm_ocr",
-    "minicpmv4_6",
-    "minicpmv4_7",
-    "mistral_large4",
     "molmo2",
     "unlimited_ocr",
 )
@@ -301,6 +453,15 @@ NOT_BUILT: Mapping[str, str] = MappingProxyType(
 """Image-text-to-text families of transformers that the zoo leaves out, with the reason."""
 
 
+REFUSED: Mapping[str, str] = MappingProxyType(
+    dict.fromkeys(
+        ["florence2", "pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder"],
+        "is an encoder-decoder",
+    )
+)
+"""Families that attaching refuses, with a word of the reason. Reviewed: add with care."""
+
+
 def recipe(name: str) -> Recipe:
     """The recipe of an extra family."""
     config = _config(name)
@@ -316,7 +477,8 @@ def recipe(name: str) -> Recipe:
         config=config,
         look=layout(config) if layout else _no_images,
         companions=types,
-        per_row=name == "idefics2",
+        per_row=name in ("idefics2", "granite_docling"),
+        in_strip=getattr(layout, "func", None) is _strip,
     )
 
 

@@ -7,6 +7,7 @@ import torch
 
 from tests.families import extra, zoo
 from tests.families.test_zoo import generated, last_logits
+from vlm_steer.engine.inputs import pixel_names
 
 pytestmark = pytest.mark.matrix
 
@@ -18,8 +19,8 @@ def test_tables_are_disjoint() -> None:
 
 
 def test_text_only_families_refuse_images() -> None:
-    with pytest.raises(zoo.Unsupported, match="gemma4"):
-        zoo.load("gemma4").inputs()
+    with pytest.raises(zoo.Unsupported, match="molmo2"):
+        zoo.load("molmo2").inputs()
 
 
 @pytest.mark.parametrize("name", zoo.extra_families())
@@ -35,16 +36,17 @@ def test_extra_family_answers_like_a_named_one(name: str) -> None:
     assert float((single[0] - single[1]).abs().max()) > 1e-2
     if images:
         assert family.expected_image_mask(rows[0]).any()
-        flipped = {**rows[0], "pixel_values": rows[0]["pixel_values"].flip(-1)}
+        flipped = {k: v.flip(-1) if k in pixel_names(rows[0]) else v for k, v in rows[0].items()}
         assert float((last_logits(family, flipped) - single[0]).abs().max()) > 1e-2
 
     batch = family.batch(rows)
     padded = torch.allclose(last_logits(family, batch), single, atol=1e-4, rtol=0)
-    assert padded == (name not in zoo.UNEQUAL_FORWARD)
+    assert padded == (name not in {*zoo.UNEQUAL_FORWARD, *zoo.UNEQUAL_BATCH})
     alone = torch.cat([generated(family, row) for row in rows])
-    assert torch.equal(generated(family, batch), alone)
+    if name not in zoo.UNEQUAL_BATCH:
+        assert torch.equal(generated(family, batch), alone)
     if name in zoo.NO_BEAMS:
-        with pytest.raises(ValueError, match="do not match"):
+        with pytest.raises((ValueError, IndexError), match=r"do not match|out of range"):
             generated(family, batch, num_beams=2)
     else:
         assert generated(family, batch, num_beams=2).shape == alone.shape

@@ -67,18 +67,29 @@ UNSUPPORTED: Mapping[tuple[str, int], str] = MappingProxyType(
 """(family, images in one row) that the architecture cannot take, with the reason."""
 
 UNEQUAL_FORWARD: Mapping[str, str] = MappingProxyType(
-    dict.fromkeys(
-        ["hunyuan_vl", "mistral_large4"],
-        "without position_ids a plain forward counts left padding as positions, and attention here "
-        "scales with the absolute position; generate passes position_ids and is unaffected",
-    )
+    {
+        "mistral_large4": "without position_ids a plain forward counts left padding as positions, "
+        "and attention here scales with the absolute position; generate passes position_ids and "
+        "is unaffected",
+    }
 )
 """Families whose plain forward is changed by left padding in unmodified transformers."""
 
 NO_BEAMS: Mapping[str, str] = MappingProxyType(
-    {"llama4": "generate repeats image tokens but not image features for the beams of a batch"}
+    dict.fromkeys(
+        ["llama4", "granite_docling"],
+        "generate repeats image tokens but not image features for the beams of a batch",
+    )
 )
 """Families in which unmodified transformers cannot search beams over a batch with images."""
+
+UNEQUAL_BATCH: Mapping[str, str] = MappingProxyType(
+    dict.fromkeys(
+        ["hunyuan_vl", "minicpmv4_6", "minicpmv4_7"],
+        "a row with an image depends on the padding or on the images of the other rows",
+    )
+)
+"""Families in which a batch with images differs from its rows in unmodified transformers."""
 
 UNEQUAL_MIXED: Mapping[str, str] = MappingProxyType(
     {
@@ -107,6 +118,7 @@ class Recipe:
         image_first: the image blocks precede `bos`, instead of following some text.
         self_attended: image tokens are positions of the decoder's own sequence.
         per_row: image tensors have a leading row axis; otherwise images of all rows are stacked.
+        in_strip: the pixels of all images follow each other along the last axis.
     """
 
     config: PreTrainedConfig
@@ -116,6 +128,7 @@ class Recipe:
     image_first: bool = False
     self_attended: bool = True
     per_row: bool = False
+    in_strip: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +197,8 @@ class Family:
                 values = [row.get(key, blank) for row in rows]
             else:
                 values = [row[key] for row in rows if key in row]
-            out[key] = _stack(values)
+            in_strip = self.recipe.in_strip and key == "pixel_values"
+            out[key] = torch.cat(values, dim=-1) if in_strip else _stack(values)
         return out
 
     def expected_image_mask(self, inputs: Inputs) -> Tensor:

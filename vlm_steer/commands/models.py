@@ -1,7 +1,9 @@
 """What ``vlm-steer models`` reports."""
 
+import json
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_steer.engine.steer import attach
@@ -10,7 +12,10 @@ from vlm_steer.errors import SteerError, SteerWarning
 if TYPE_CHECKING:
     from vlm_steer.engine.hooks import Method
 
-__all__ = ["check", "families"]
+__all__ = ["TABLE", "check", "checked", "families", "markdown", "rows"]
+
+TABLE = Path(__file__).with_name("families.json")
+_HEAD = ("family", "attaches", "image", "attention in", "image grid", "prompts steered", "refuses")
 
 
 def families() -> dict[str, str]:
@@ -20,6 +25,59 @@ def families() -> dict[str, str]:
     )
 
     return {str(name): str(cls) for name, cls in sorted(NAMES.items())}
+
+
+def checked() -> dict[str, Any]:
+    """What was seen when families were steered: the table that comes with the package."""
+    report: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
+    return report
+
+
+def rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The table as text, heading first."""
+    return [_HEAD, *(_row(name, seen) for name, seen in sorted(report["families"].items()))]
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The page of the documentation."""
+    head, *body = rows(report)
+    attached = [seen for seen in report["families"].values() if seen["attaches"]]
+    with_images = [seen for seen in attached if seen["steered"]["images per prompt"]]
+    lines = [
+        "# Model families",
+        "",
+        "Depends on `vlm_steer/commands/families.json`, `tests/families/report.py`, and is written",
+        "by `python -m tests.families.report`. Do not edit.",
+        "",
+        f"Every family that transformers {report['transformers']} maps to image-text-to-text was "
+        f"looked at as a tiny random model: of {len(report['families'])}, {len(attached)} attach, "
+        f"{len(with_images)} of them steered with real pixels. In a left-padded batch of two, "
+        "neutral parameters were the unsteered model bit for bit, a method on the last row changed "
+        "that row alone, a method on image columns changed rows after the image, and a prompt "
+        "without an image stayed as it was.",
+        "",
+        "*refuses* names the methods that raise an error at attach with their defaults; "
+        "`vlm-steer models --json` has their reasons, and `vlm-steer models --check DIR` tells "
+        "what can be done with your model. Nothing is looked up in this table: a family that is "
+        "not in it is discovered like the others.",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+        *("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in body),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _row(name: str, seen: Mapping[str, Any]) -> tuple[str, ...]:
+    if not seen["attaches"]:
+        return (name, "not tried" if seen["attaches"] is None else "no", seen["why"], *[""] * 4)
+    counts = seen["steered"]["images per prompt"]
+    prompts = {(): "text alone", (1,): "one image", (1, 2): "one and two images"}[tuple(counts)]
+    refused = ", ".join(sorted(seen["refuses"])) or "none"
+    layout = seen["layout"]
+    if seen["steered"]["prefix"] != "causal":
+        layout += f", {seen['steered']['prefix']} prompt"
+    return (name, "yes", layout, seen["attention"], seen["grid"], prompts, refused)
 
 
 def check(

@@ -47,12 +47,16 @@ def show_method(entry: Entry) -> None:
     )
 
 
-def show_families(families: Mapping[str, str]) -> None:
-    """The families of transformers."""
-    _show(("family", "class"), list(families.items()))
+def show_families(report: Mapping[str, Any]) -> None:
+    """What was seen of the families of transformers."""
+    from vlm_steer.commands.models import rows
+
+    head, *body = rows(report)
+    _show(head, body)
     _say(
-        f"{len(families)} families. Models are not listed by hand: what is steered is found in the "
-        "loaded model. vlm-steer models --check DIR tells what can be done with yours."
+        f"{len(body)} families, checked with transformers {report['transformers']}. Models are not "
+        "listed by hand: what is steered is found in the loaded model. vlm-steer models --check "
+        "DIR tells what can be done with yours."
     )
 
 
