@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vlm_steer
 from tests.contract.test_contract import generate, two_rows
 from tests.families import zoo
 from vlm_steer import functional as F
-from vlm_steer.engine import attention
 from vlm_steer.errors import ConfigError, UnsupportedModelError
 
 RINGS = F.concentric_rings(4, 4).flatten()
@@ -28,14 +28,16 @@ def watched(family: zoo.Family, batch: dict[str, Tensor], spec: Any) -> tuple[Te
     def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         seen.setdefault("positions", kwargs["position_ids"])
 
-    edited = attention._edited_mask
+    kernel = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
-    def noted(forward: Any, work: Any, *rest: Any) -> Any:
-        seen["mask"] = edited(forward, work, *rest)
-        return seen["mask"]
+    def noted(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kw: Any) -> Any:
+        if module.is_causal and "language_model" in spot[module]:
+            seen.setdefault("mask", mask)
+        return kernel(module, query, key, value, mask, **kw)
 
+    spot = {module: name for name, module in family.model.named_modules()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "_edited_mask", noted)
+        patch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", noted)
         with vlm_steer.steer(family.model, spec), torch.no_grad():
             decoder = family.model.get_decoder()
             handle = decoder.register_forward_pre_hook(note, with_kwargs=True)
