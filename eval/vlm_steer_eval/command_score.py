@@ -224,26 +224,35 @@ def score_hallusionbench(
     images_only: Annotated[
         bool, typer.Option("--images-only", help="Leave out questions without a picture.")
     ] = False,
+    judge: Annotated[
+        str | None,
+        typer.Option("--judge", help="recorded:FILE or endpoint:MODEL@URL instead of the parser."),
+    ] = None,
     missing: Unanswered = "error",
     resamples: Resamples = 10_000,
     seed: Seed = 0,
 ) -> None:
-    """Score HallusionBench by the yes or no in the answers, without a judge."""
+    """Score HallusionBench by the yes or no in the answers, or by a judge."""
     from .hallusionbench import score_hallusionbench as score
+    from .judge import load_judge
 
+    rater = None if judge is None else load_judge(judge, output / "judge.jsonl")
     result = score(
         questions,
         answers,
         parser=parser,
         images_only=images_only,
+        judge=rater,
         output=output,
         missing=missing,
         n_resamples=resamples,
         seed=seed,
     )
-    _show(result, f"HallusionBench (yes/no), parser {parser}, n = {result['n']}")
+    rule = f"parser {parser}" if rater is None else f"judge {rater.name}"
+    _show(result, f"HallusionBench, {rule}, n = {result['n']}")
     _note_unanswered(result)
-    _note("published scores come from a GPT-4 judge and are not comparable with these")
+    if rater is None:
+        _note("published scores come from a GPT-4 judge and are not comparable with these")
 
 
 def score_opope(

@@ -14,6 +14,7 @@ from vlm_steer.errors import DataError
 
 from .counts import Unit
 from .files import read_rows
+from .judge import Judge
 from .metrics import MetricSet, ratio, summarise
 from .pope import Answer, parse_answer
 from .questions import list_some
@@ -26,7 +27,9 @@ __all__ = [
     "Verdict",
     "cluster_counts",
     "is_right",
+    "judge_prompt",
     "load_hallusion",
+    "read_verdict",
     "score_hallusionbench",
 ]
 
@@ -49,6 +52,7 @@ class HallusionQuestion:
         visual_input: "0" no picture, "1" the original, "2" an edited one.
         text: the question.
         label: the true answer.
+        details: the true answer as a sentence, which a judge is shown.
     """
 
     category: str
@@ -59,6 +63,7 @@ class HallusionQuestion:
     visual_input: str
     text: str
     label: Answer
+    details: str = ""
 
     @property
     def id(self) -> str:
@@ -102,6 +107,7 @@ def load_hallusion(path: Path) -> list[HallusionQuestion]:
                 visual_input=str(row["visual_input"]),
                 text=str(row.get("question", "")),
                 label="yes" if label == "1" else "no",
+                details=str(row.get("gt_answer_details", "")),
             )
         )
     return questions
@@ -110,6 +116,26 @@ def load_hallusion(path: Path) -> list[HallusionQuestion]:
 def is_right(question: HallusionQuestion, verdict: Verdict) -> bool:
     """Whether the answer counts; without a picture, "unclear" does."""
     return verdict == "right" or (question.is_blind and verdict == "unclear")
+
+
+def judge_prompt(question: HallusionQuestion, text: str) -> str:
+    """What the judge is asked about one answer."""
+    return (
+        "Is the answer to a question right? Compare it with the reference, which is true.\n\n"
+        f"Question: {question.text}\n"
+        f"Reference: {question.details or question.label}\n"
+        f"Answer: {text}\n\n"
+        "Reply with one word: correct if the answer says the same, incorrect if it says otherwise, "
+        "unclear if it does not commit itself."
+    )
+
+
+def read_verdict(reply: str) -> Verdict:
+    """The published reading of a judge's reply: "incorrect", else "correct", anywhere in it."""
+    lowered = reply.lower()
+    if "incorrect" in lowered:
+        return "wrong"
+    return "right" if "correct" in lowered else "unclear"
 
 
 def cluster_counts(
@@ -128,14 +154,15 @@ def score_hallusionbench(
     *,
     parser: HallusionParser = "robust",
     images_only: bool = False,
+    judge: Judge | None = None,
     output: Path | None = None,
     missing: Missing = "error",
     n_resamples: int = 10_000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Score answers without a judge: the yes or no in them against the label.
+    """Score answers: the yes or no in them against the label, or by a judge.
 
-    The published numbers come from a GPT-4 judge, so they are not comparable with these.
+    The published numbers come from a GPT-4 judge, so they are not comparable with those without.
 
     Args:
         questions: `HallusionBench.json`.
@@ -144,6 +171,7 @@ def score_hallusionbench(
         parser: how answers are read. `lmms_intern` takes everything without a "yes" for a no; under
             the others an answer that cannot be read is unclear.
         images_only: leave out the questions without a picture, as lmms-eval and VLMEvalKit do.
+        judge: who says whether an answer is correct; None reads it by the parser.
         output: folder for `scores.json`, `samples.jsonl`, `counts.jsonl` and `table.txt`; None
             writes nothing.
         missing: what to do about questions without an answer: stop, or leave them out and count
@@ -168,11 +196,15 @@ def score_hallusionbench(
         )
     kept = [question for question in asked if question.id in given]
     read = [_read(parser, given[question.id], question.label) for question in kept]
-    verdicts = [_verdict(answer, q.label) for answer, q in zip(read, kept, strict=True)]
+    if judge is None:
+        verdicts = [_verdict(answer, q.label) for answer, q in zip(read, kept, strict=True)]
+    else:
+        replies = judge.ask({q.id: judge_prompt(q, given[q.id]) for q in kept})
+        verdicts = [read_verdict(replies[q.id]) for q in kept]
     rows = cluster_counts(kept, verdicts)
     result: dict[str, Any] = {
         "benchmark": "hallusionbench",
-        "mode": "yes/no, without a judge",
+        "judge": None if judge is None else judge.name,
         "parser": parser,
         "images_only": images_only,
         "n": len(kept),
@@ -195,7 +227,8 @@ def score_hallusionbench(
             }
             for question, answer, verdict in zip(kept, read, verdicts, strict=True)
         ]
-        title = f"HallusionBench (yes/no), parser {parser}, n = {len(kept)}"
+        rule = f"parser {parser}" if judge is None else f"judge {judge.name}"
+        title = f"HallusionBench, {rule}, n = {len(kept)}"
         units = [Unit(name, name, name.partition("_")[0], row) for name, row in rows.items()]
         write_scores(output, result, samples, units, title)
     return result

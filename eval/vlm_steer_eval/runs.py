@@ -15,7 +15,16 @@ from .questions import list_some
 
 __all__ = ["Cost", "RunArm", "Runs", "load_runs"]
 
-_SCORING = ("parser", "normaliser", "similarity", "reader", "part", "images_only", "judge")
+_SCORING = (
+    "parser",
+    "normaliser",
+    "similarity",
+    "reader",
+    "part",
+    "images_only",
+    "judge",
+    "reading",
+)
 
 
 @dataclass(frozen=True)

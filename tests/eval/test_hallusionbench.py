@@ -10,9 +10,11 @@ from vlm_steer.errors import DataError
 from vlm_steer_eval.hallusionbench import (
     HALLUSION_METRICS,
     cluster_counts,
+    judge_prompt,
     load_hallusion,
     score_hallusionbench,
 )
+from vlm_steer_eval.judge import RecordedJudge
 
 VERDICTS = {"0": "wrong", "1": "right", "2": "unclear"}
 
@@ -71,6 +73,27 @@ def test_answers_are_read_as_lmms_eval_reads_them(golden, question_path, tmp_pat
         assert result["n"] == 951
         for name, value in run["lmms_eval_yes_substring_image_only"].items():
             assert result["metrics"][name]["value"] == pytest.approx(value), name
+
+
+def test_a_judge_gives_the_published_numbers_from_its_replies(golden, question_path, tmp_path):
+    questions = load_hallusion(question_path)
+    run = golden("hallusionbench.json")["runs"][0]
+    words = {"0": "It is Incorrect.", "1": "correct", "2": "unclear"}
+    labels = run["labels"]
+    replies = [{"id": q.id, "reply": words[labels[q.id][0]]} for q in questions]
+    result = score_hallusionbench(
+        question_path,
+        _write(tmp_path / "a.jsonl", [_answer(q, labels[q.id][2]) for q in questions]),
+        judge=RecordedJudge(_write(tmp_path / "replies.jsonl", replies)),
+        n_resamples=5,
+    )
+    for name in ("aAcc", "fAcc", "qAcc", "easy", "hard"):
+        value = result["metrics"][name]["value"]
+        assert round(100 * value, 4) == run["official"]["leaderboard"][name]
+    assert result["judge"] == "recorded:replies.jsonl"
+    prompt = judge_prompt(questions[0], "No.")
+    assert questions[0].details in prompt
+    assert prompt.index("No.") > prompt.index(questions[0].text)
 
 
 def test_right_answers_score_one_and_silence_is_right_only_without_a_picture(
