@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vlm_steer import functional
+    from vlm_steer.engine.processor import LogitsProcessor
     from vlm_steer.engine.steer import attach, steer
     from vlm_steer.loading import load_model
     from vlm_steer.registry import get_method, list_methods, register_method
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "LogitsProcessor",
     "__version__",
     "attach",
     "functional",
@@ -28,6 +30,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "LogitsProcessor": "vlm_steer.engine.processor",
     "attach": "vlm_steer.engine.steer",
     "get_method": "vlm_steer.registry",
     "list_methods": "vlm_steer.registry",

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from vlm_steer.engine.model import ModelInfo
 
 __all__ = [
+    "LAYER_HOOKS",
     "At",
     "Branch",
     "Columns",
@@ -380,7 +381,7 @@ class Reference:
     layers: tuple[int, ...]
 
 
-_LAYER_HOOKS = (
+LAYER_HOOKS = (
     *("embeds", "mask", "marks", "carry", "scores", "tally", "weights", "look", "choose"),
     *("heads", "mlp", "hidden", "observe"),
 )
@@ -452,7 +453,7 @@ class Method(metaclass=_Strict):
 
         Writing one of them in a configuration, or passing it to the class, is an error.
         """
-        if any(self.overrides(hook) for hook in _LAYER_HOOKS):
+        if any(self.overrides(hook) for hook in LAYER_HOOKS):
             return {}
         if self.overrides("positions"):
             return {"layers": f"{self.name} acts on positions, which all layers share"}

@@ -119,6 +119,27 @@ class Run:
         self.call.step += 1
         return output
 
+    def beside(self, owner: nn.Module, kwargs: dict[str, Any], logits: Tensor, past: int) -> Tensor:
+        """Combined logits ``[batch, vocabulary]`` of a step whose forward is not followed.
+
+        Args:
+            owner: The module that returns logits.
+            kwargs: What it was given.
+            logits: What it said of the next token.
+            past: Positions that were in its cache.
+        """
+        if self.call is None:
+            self.call = self._open(owner, kwargs)
+        others: dict[str, Tensor] = {}
+        streams: tuple[Stream, ...] = ()
+        if self.branches is not None:
+            self.branches.before(kwargs, past)
+            _, others = self.branches.after(owner, kwargs, logits, past)
+            streams = self.branches.streams()
+        combined = _combine(self.call, logits, others, {s.name: s for s in streams})
+        self.call.step += 1
+        return combined
+
     def leave(self) -> Forward | Probe | None:
         """Take this thread out of the forward, whatever happened in it."""
         forward = ACTIVE.get()

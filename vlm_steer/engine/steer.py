@@ -28,7 +28,7 @@ from vlm_steer.engine.plan import Bound, Plan, make_plan
 from vlm_steer.engine.run import Run, named_arguments
 from vlm_steer.errors import ConfigError, SteerError, SteerWarning, UnsupportedModelError
 
-__all__ = ["Steering", "attach", "last_hidden_states", "steer"]
+__all__ = ["Steering", "attach", "engaged", "last_hidden_states", "steer"]
 
 _LOCK = threading.RLock()
 _HISTORY = 8
@@ -330,6 +330,22 @@ def steer(
     token = _CONTEXT.set((*_CONTEXT.get(), steering))
     try:
         yield steering
+    finally:
+        _CONTEXT.reset(token)
+        steering.detach()
+
+
+@contextmanager
+def engaged(info: ModelInfo) -> Iterator[None]:
+    """Have the engine on a model while it runs extra streams, steering nothing by itself."""
+    with _LOCK:
+        installation = _INSTALLED.get(info.model) or _Installation(info)
+        steering = Steering(installation, (), "auto")
+        installation.add(steering, is_attached=False)
+        _INSTALLED[info.model] = installation
+    token = _CONTEXT.set((*_CONTEXT.get(), steering))
+    try:
+        yield
     finally:
         _CONTEXT.reset(token)
         steering.detach()

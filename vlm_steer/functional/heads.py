@@ -148,4 +148,5 @@ def text_visual_entropy(weights: Tensor, text: Tensor, visual: Tensor) -> Tensor
 def _entropy(attention: Tensor, columns: Tensor) -> Tensor:
     mass = masked_sum(attention, columns, keepdim=True)
     inside = safe_divide(attention * columns, mass, otherwise=0.0)
-    return torch.special.entr(inside).sum(-1)
+    entropy: Tensor = torch.special.entr(inside).sum(-1)
+    return entropy
