@@ -8,8 +8,13 @@ import socket
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+import hypothesis
 import numpy as np
 import pytest
+
+# How long one example takes says nothing about a claim on a machine that does other work too.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import of huggingface_hub, hence before any fixture
 

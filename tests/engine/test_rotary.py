@@ -92,7 +92,7 @@ def test_scores_without_positions_forget_where_tokens_were_put(name: str) -> Non
 
 
 def test_a_sum_over_rows_meets_every_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlm_steer.engine.attention._BLOCK", 7)
+    monkeypatch.setattr("vlm_steer.engine.rows._BLOCK", 7)
     family = zoo.load("llava")
     batch = two_rows(family)
     seen.clear()

@@ -1,0 +1,325 @@
+"""Attention rows computed again, in blocks, for the methods that steer them or look at them."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm_steer.engine.call import Forward, Mask, Stream, Touch, fit
+from vlm_steer.engine.hooks import At
+from vlm_steer.engine.model import KNOWN_SCORE_OPTIONS, eager_function
+from vlm_steer.engine.plan import Bound, Work
+from vlm_steer.engine.rotary import Rotation
+from vlm_steer.errors import UnsupportedModelError
+from vlm_steer.functional.fast import row_scores, weighted_values
+
+__all__ = ["Rows", "Seen", "put"]
+
+_BLOCK = 64
+
+
+class Seen:
+    """What the ``look`` hooks of one attention call returned, block of rows by block of rows."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[tuple[int, str], list[Tensor]] = {}
+
+    def add(self, bound: Bound, stream: Stream, block: Tensor) -> None:
+        """Keep ``[batch, rows, ...]`` of the next block of rows."""
+        self._blocks.setdefault((bound.index, stream.name), []).append(block)
+
+    def by(self, bound: Bound, stream: Stream) -> Tensor | None:
+        """``[batch, rows, ...]`` of all rows that the method acts on."""
+        blocks = self._blocks.get((bound.index, stream.name))
+        return None if blocks is None else torch.cat(blocks, dim=1)
+
+
+class Rows:
+    """Recomputes the rows of one attention call that methods steer or look at."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        work: Work,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Mask | None,
+        options: dict[str, Any],
+    ):
+        _refuse_unknown(options, module)
+        self.forward, self.work = forward, work
+        self.query, self.key, self.value = query, key, value
+        self.attention_mask, self.options = attention_mask, options
+        scaling = options.get("scaling")
+        self.scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        self.layer, self.axis = work.site.layer, work.site.axis
+        self.n_keys = key.shape[2]
+        self.acting = forward.acting_at(work)
+        self.seen = Seen()
+        self._unplaced_keys: dict[str, Tensor] = {}
+
+    @property
+    def are_all_replaced(self) -> bool:
+        """Whether the rows steered are all there is, so that the kernel's pass can be skipped."""
+        return self.acting.replaces_rows and self.query.shape[2] <= _BLOCK
+
+    def recomputed(self) -> Tensor:
+        """``[batch, rows, heads, value_dim]`` of a pass in which every row is steered."""
+        weights = self._weights(0, self.query.shape[2])
+        self._observe(weights[:, :, -1])
+        return self._outputs(weights)
+
+    def steer(self, outputs: Tensor) -> None:
+        """Write the steered rows into ``outputs`` ``[batch, rows, heads, value_dim]``."""
+        length = self.query.shape[2]
+        writers = self.acting.scores + self.acting.weights
+        first = self.forward.first_row(writers + self.acting.look)
+        for start in range(first, length, _BLOCK):
+            rows = (start, min(start + _BLOCK, length))
+            weights = self._weights(*rows)
+            if writers:
+                is_changed = self._is_changed(rows)[:, :, None, None]
+                old = outputs[:, slice(*rows)]
+                outputs[:, slice(*rows)] = torch.where(is_changed, self._outputs(weights), old)
+            if rows[1] == length:
+                self._observe(weights[:, :, -1])
+        if first == length and (self.acting.observe or self.acting.choose):
+            self._observe(self._weights(length - 1, length)[:, :, -1])
+
+    def _outputs(self, weights: Tensor) -> Tensor:
+        """``[batch, rows, heads, value_dim]`` in the model's dtype."""
+        outputs = weighted_values(weights.to(self.value.dtype), self.value)
+        return outputs.transpose(1, 2).to(self.query.dtype)
+
+    def tally(self) -> None:
+        """Let methods sum over the attention of the prompt's rows before any of it is changed."""
+        if not self.acting.tally:
+            return
+        totals: dict[tuple[Bound, Stream], Tensor] = {}
+        before, stop = None, self.forward.prompt_rows
+        for start in range(0, stop, _BLOCK):
+            rows = (start, min(start + _BLOCK, stop))
+            closed = self._closed(*rows)
+            scores = self._hooked_scores(*rows, closed, measured=False)
+            weights = self._softmax(scores, closed, slice(None), rows)
+            if self._has_sink:
+                weights = weights / weights.sum(dim=-1, keepdim=True)
+            before = torch.zeros_like(weights[:, :, :1]) if before is None else before
+            for bound, stream in self.acting.tally:
+                at = replace(self._at(bound, stream, rows), row_before=before[stream.batch])
+                part = bound.method.tally(weights[stream.batch], at)
+                known = totals.get((bound, stream))
+                totals[bound, stream] = part if known is None else known + part
+            before = weights[:, :, -1:]
+        for (bound, stream), total in totals.items():
+            self.forward.add_tally(bound, stream, self.layer, total)
+
+    def _hooked_scores(
+        self, start: int, stop: int, closed: Tensor | None, *, measured: bool
+    ) -> Tensor:
+        """``[batch, heads, rows, key]`` float32 scores after their hooks, before the mask."""
+        rows = (start, stop)
+        scores = self._scores(self.query[:, :, start:stop], self.key)
+        if (bias := self.options.get("position_bias")) is not None:
+            scores = scores + bias[:, :, start:stop, : self.n_keys].float()
+        for bound, stream in self.acting.scores:
+            old = scores[stream.batch]
+            at = self._scores_at(bound, stream, rows, closed)
+            new = self._keep_other_rows(bound, stream, rows, old, bound.method.scores(old, at))
+            if measured:
+                before, after = (self._softmax(s, closed, stream.batch, rows) for s in (old, new))
+                self.forward.touch(bound, self.layer, Touch.of_weights(before, after))
+            scores = put(scores, stream.batch, new)
+        return scores
+
+    def _weights(self, start: int, stop: int) -> Tensor:
+        """``[batch, heads, rows, key]`` float32 attention weights after every hook."""
+        rows = (start, stop)
+        closed = self._closed(start, stop)
+        measured = self.forward.call.is_measured
+        scores = self._hooked_scores(start, stop, closed, measured=measured)
+        weights = self._softmax(scores, closed, slice(None), rows)
+        # What a sink that is no token takes stays out of the hooks' reach: their rows sum to 1.
+        has_sink = bool(self.acting.weights) and self._has_sink
+        mass = weights.sum(dim=-1, keepdim=True) if has_sink else None
+        weights = weights if mass is None else weights / mass
+        for bound, stream in self.acting.weights:
+            old = weights[stream.batch]
+            new = self._keep_other_rows(
+                bound, stream, rows, old, bound.method.weights(old, self._at(bound, stream, rows))
+            )
+            if measured:
+                self.forward.touch(bound, self.layer, Touch.of_weights(old, new))
+            weights = put(weights, stream.batch, new)
+        weights = weights if mass is None else weights * mass
+        if self.acting.look:
+            self._look(self._masked(scores, closed, slice(None)), weights, rows)
+        return weights
+
+    def _look(self, scores: Tensor, weights: Tensor, rows: tuple[int, int]) -> None:
+        """Show ``[batch, heads, rows, key]`` of a block of rows to the ``look`` hooks."""
+        for bound, stream in self.acting.look:
+            start = max(rows[0], self.forward.first_row([(bound, stream)]))
+            if start < rows[1]:
+                at = self._at(bound, stream, (start, rows[1]))
+                block = (stream.batch, slice(None), slice(start - rows[0], None))
+                self.seen.add(bound, stream, bound.method.look(scores[block], weights[block], at))
+
+    def _closed(self, start: int, stop: int) -> Tensor | None:
+        """What stops rows from seeing columns: bool (``True`` is closed), additive, or nothing."""
+        mask = self.attention_mask
+        if mask is not None:
+            return self.forward.closed(mask, start, stop, self.n_keys)
+        if self.query.shape[2] == 1 or self.axis == "cross":
+            return None
+        offset = self.n_keys - self.query.shape[2]
+        row = torch.arange(start, stop, device=self.query.device)[:, None] + offset
+        return torch.arange(self.n_keys, device=self.query.device)[None, :] > row
+
+    def _masked(self, scores: Tensor, closed: Tensor | None, batch: slice) -> Tensor:
+        if closed is None:
+            return scores
+        if closed.ndim == 4 and closed.shape[0] > 1:
+            closed = closed[batch]
+        if closed.dtype == torch.bool:
+            return scores.masked_fill(closed, torch.finfo(scores.dtype).min)
+        return scores + closed
+
+    def _softmax(
+        self, scores: Tensor, closed: Tensor | None, batch: slice, rows: tuple[int, int]
+    ) -> Tensor:
+        scores = self._masked(scores, closed, batch)
+        extra = self._sink_scores(batch, rows)
+        if extra is None:
+            return scores.softmax(dim=-1)
+        extra = extra.float().expand(*scores.shape[:3], 1)
+        return torch.cat([scores, extra], dim=-1).softmax(dim=-1)[..., :-1]
+
+    @property
+    def _has_sink(self) -> bool:
+        return any(self.options.get(name) is not None for name in ("s_aux", "sinks"))
+
+    def _sink_scores(self, batch: slice, rows: tuple[int, int]) -> Tensor | None:
+        """Scores of an attention sink that is no token: per head, or per row and head."""
+        if (per_head := self.options.get("s_aux")) is not None:
+            return per_head.reshape(1, -1, 1, 1)  # type: ignore[no-any-return]
+        per_row = self.options.get("sinks")
+        return None if per_row is None else per_row[batch, :, slice(*rows)]
+
+    def _at(self, bound: Bound, stream: Stream, rows: tuple[int, int]) -> At:
+        columns = self.forward.columns(stream, self.n_keys, self.axis, self.query.device)
+        return self.forward.at(bound, stream, self.layer, rows, columns)
+
+    def _scores_at(
+        self, bound: Bound, stream: Stream, rows: tuple[int, int], closed: Tensor | None
+    ) -> At:
+        """The view of a ``scores`` hook."""
+        at = self._at(bound, stream, rows)
+        at = replace(
+            at, softmax=partial(self._softmax, closed=closed, batch=stream.batch, rows=rows)
+        )
+        if bound.rotation is None:
+            return at
+        return replace(
+            at,
+            unplaced=partial(self._unplaced, bound.rotation, stream, rows),
+            placed=partial(self._placed, bound.rotation, stream, rows),
+            sum_over_rows=partial(self._sum_over_rows, bound, stream),
+        )
+
+    def _placed(
+        self, rotation: Rotation, stream: Stream, rows: tuple[int, int], shift: Tensor
+    ) -> Tensor:
+        """``[batch, heads, rows, key]`` scores of rows that stand further right."""
+        query = self.query[stream.batch, :, slice(*rows)]
+        return self._scores(rotation.turn(self.layer, query, shift), self.key[stream.batch])
+
+    def _unplaced(self, rotation: Rotation, stream: Stream, rows: tuple[int, int]) -> Tensor:
+        """``[batch, heads, rows, key]`` scores of tokens that all stand at one position."""
+        forward = self.forward
+        positions = forward.positions(stream).to(self.query.device)
+        here = positions[:, forward.past + rows[0] : forward.past + rows[1]]
+        query = self.query[stream.batch, :, slice(*rows)]
+        query = rotation.turn(self.layer, query, -here[:, None])
+        if stream.name not in self._unplaced_keys:
+            there = fit(positions, self.n_keys, forward.total)
+            key = rotation.turn(self.layer, self.key[stream.batch], -there[:, None])
+            self._unplaced_keys[stream.name] = key
+        return self._scores(query, self._unplaced_keys[stream.name])
+
+    def _sum_over_rows(self, bound: Bound, stream: Stream, f: Callable[[At], Tensor]) -> Tensor:
+        length = self.query.shape[2]
+        blocks = ((s, min(s + _BLOCK, length)) for s in range(0, length, _BLOCK))
+        return torch.stack(
+            [f(self._scores_at(bound, stream, rows, self._closed(*rows))) for rows in blocks]
+        ).sum(dim=0)
+
+    def _scores(self, query: Tensor, key: Tensor) -> Tensor:
+        scores = row_scores(query, key, scale=self.scale)
+        cap = self.options.get("softcap")
+        return scores if cap is None else torch.tanh(scores / cap) * cap
+
+    def _keep_other_rows(
+        self, bound: Bound, stream: Stream, rows: tuple[int, int], old: Tensor, new: Tensor
+    ) -> Tensor:
+        if self.forward.every_row_changes(bound.method.rows):
+            return new
+        is_row = self.forward.is_row(stream, bound.method.rows, *rows, self.query.device)
+        return torch.where(is_row[:, None, :, None], new, old)
+
+    def _is_changed(self, rows: tuple[int, int]) -> Tensor:
+        """``[batch, rows]``: rows that any method may change."""
+        is_changed = torch.zeros(
+            (self.query.shape[0], rows[1] - rows[0]), dtype=torch.bool, device=self.query.device
+        )
+        for bound, stream in self.acting.scores + self.acting.weights:
+            is_changed[stream.batch] |= self.forward.is_row(
+                stream, bound.method.rows, *rows, self.query.device
+            )
+        return is_changed
+
+    def _observe(self, weights: Tensor) -> None:
+        """Hand the weights ``[batch, heads, key]`` of the predicting row to who asked for them."""
+        length = self.query.shape[2]
+        for bound, stream in self.acting.choose:
+            at = self._at(bound, stream, (length - 1, length))
+            chosen = bound.method.choose(weights[stream.batch], at)
+            self.forward.keep_chosen(bound, stream, self.layer, chosen)
+        for bound, stream in self.acting.observe:
+            at = self._at(bound, stream, (length - 1, length))
+            seen = bound.method.observe(weights[stream.batch], at)
+            self.forward.observed.setdefault(bound.method.name, {})[self.layer] = seen
+
+
+def put(tensor: Tensor, batch: slice, part: Tensor) -> Tensor:
+    """Replace a slice of the batch; the common case of the whole batch copies nothing."""
+    if part.shape[0] == tensor.shape[0]:
+        return part
+    tensor = tensor.clone()
+    tensor[batch] = part
+    return tensor
+
+
+def _refuse_unknown(options: dict[str, Any], module: nn.Module) -> None:
+    """An option that would change the scores and that we would drop must not pass silently.
+
+    What the eager function beside the module takes was looked at when attaching.
+    """
+    if eager_function(type(module)) is not None:
+        return
+    for name, value in options.items():
+        if (
+            isinstance(value, Tensor)
+            and value.is_floating_point()
+            and name not in KNOWN_SCORE_OPTIONS
+        ):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} passes {name!r} to its attention, whose meaning the "
+                "engine does not know; steering attention rows would drop it. Use a method that "
+                "acts on heads, hidden states or logits."
+            )
