@@ -5,6 +5,7 @@ import torch
 
 import vlm_steer
 from tests.contract.settings import ACTIVE
+from vlm_steer.engine import hooks, plan
 from vlm_steer.errors import SteerError
 from vlm_steer.generation import encode, render_prompt
 from vlm_steer.tiny.scenes import image
@@ -93,3 +94,9 @@ def test_methods_that_need_the_whole_prompt_refuse(tiny, spec):
         assert steering.plan.prefix is None
         with pytest.raises(SteerError, match="pass of its own"):
             steering.prefill(input_ids=torch.ones(1, 4, dtype=torch.long))
+
+
+def test_every_hook_of_a_layer_is_known_to_act_on_late_rows_or_on_the_prompt():
+    """A new hook must be put on one of the lists, or sharing would overlook it."""
+    known = {*plan._ROW_HOOKS, *plan._PROMPT_HOOKS, "marks", "observe"}
+    assert set(hooks._LAYER_HOOKS) <= known

@@ -14,7 +14,7 @@ from vlm_steer.errors import CompositionError, ConfigError, UnsupportedModelErro
 __all__ = ["Bound", "Plan", "Work", "make_plan"]
 
 _ROW_HOOKS = ("scores", "weights", "look", "heads", "mlp", "hidden")
-_PROMPT_HOOKS = ("prepare", "positions", "mask", "tally")
+_PROMPT_HOOKS = ("prepare", "positions", "embeds", "mask", "carry", "tally", "choose")
 _ATTENTION_HOOKS = ("mask", "scores", "tally", "weights", "look", "choose", "heads", "observe")
 _LAYER_HOOKS = ("hidden", "mlp")
 _RECOMPUTED = ("scores", "tally", "weights", "look", "choose", "observe")
@@ -135,7 +135,8 @@ class Plan:
             return None
         for bound in self.bounds:
             method = bound.method
-            if bound.branches or method.needs_grid or _overrides(method, _PROMPT_HOOKS):
+            needs_inputs = method.needs_grid or method.needs_image_features or method.needs_rotation
+            if bound.branches or needs_inputs or _overrides(method, _PROMPT_HOOKS):
                 return None
             if method.rows not in ("last", "after_image") and _overrides(method, _ROW_HOOKS):
                 return None
