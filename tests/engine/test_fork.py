@@ -99,4 +99,4 @@ def test_methods_that_need_the_whole_prompt_refuse(tiny, spec):
 def test_every_hook_of_a_layer_is_known_to_act_on_late_rows_or_on_the_prompt():
     """A new hook must be put on one of the lists, or sharing would overlook it."""
     known = {*plan._ROW_HOOKS, *plan._PROMPT_HOOKS, "marks", "observe"}
-    assert set(hooks._LAYER_HOOKS) <= known
+    assert set(hooks.LAYER_HOOKS) <= known
