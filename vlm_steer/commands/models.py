@@ -53,7 +53,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"looked at as a tiny random model: of {len(report['families'])}, {len(attached)} attach, "
         f"{len(with_images)} of them steered with real pixels. In a left-padded batch of two, "
         "neutral parameters were the unsteered model bit for bit, a method on the last row changed "
-        "that row alone, a method on image columns changed rows after the image, and a prompt "
+        "that row alone (earlier rows too where the prompt is bidirectional), a method "
+        "on image columns changed rows after the image, and a prompt "
         "without an image stayed as it was.",
         "",
         "*refuses* names the methods that raise an error at attach with their defaults; "
