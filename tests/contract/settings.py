@@ -49,6 +49,7 @@ ACTIVE = {
             {"method": "pai", "alpha": 0.0, "gamma": 1.5},
         ]
     },
+    "gift": {"method": "gift", "alpha": 2.0, "layers": "all"},
     # Random models spread their attention: only a low threshold finds sinks.
     "act": {"method": "act", "threshold": 1.2, "layers": "all"},
     "act_heads": {
@@ -146,6 +147,7 @@ NEUTRAL = {
     "decore": {"method": "decore", "alpha": 0.0},
     "vista": {"method": "vista", "strength": 0.0, "gamma": 0.0},
     "act": {"method": "act", "beta": 1.0},
+    "gift": {"method": "gift", "alpha": 0.0},
     "lookback_ratio": {"method": "lookback_ratio"},
     "m3id": {"method": "m3id", "lam": 0.0},
     "icd": {"method": "icd", "alpha": 0.0, "beta": 0.0},
@@ -170,6 +172,7 @@ REFUSALS = {
     ("mllama", "spin"): "cross-attention",
     ("mllama", "memvr"): "cross-attention",
     ("mllama", "act"): "cross-attention",
+    ("mllama", "gift"): "cross-attention",
     ("mllama", "act_heads"): "cross-attention",
     ("mllama", "var+spin"): "cross-attention",
     ("mllama", "knockout_image"): "cross-attention",

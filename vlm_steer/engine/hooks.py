@@ -371,14 +371,21 @@ class Reference:
         hidden_states: ``f(with_image)`` runs the prompt once, with or without its image tokens and
             every intervention off, and returns ``[batch, layers, hidden]``, the residual stream
             at the last prompt row after each of ``layers``.
+        tallies: ``f(method)`` runs the prompt once under the ``tally`` hook of another method and
+            every other intervention off, and returns ``{layer: [batch, ..., prompt]}``.
+        columns: What the tokens of the prompt are, ``[batch, prompt]`` masks.
         layers: The layers this method acts on.
+        plan: What ``Method.resolve`` returned for this model.
     """
 
     head_outputs_without_image: Callable[[tuple[int, ...]], dict[int, Tensor]]
     image_attention: Callable[[tuple[int, ...]], tuple[Tensor, ...]]
     on_image_tokens: Callable[[Tensor], Tensor]
     hidden_states: Callable[[bool], Tensor]
+    tallies: "Callable[[Method], dict[int, Tensor]]"
+    columns: Columns
     layers: tuple[int, ...]
+    plan: Any
 
 
 LAYER_HOOKS = (

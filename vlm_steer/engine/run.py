@@ -14,7 +14,7 @@ from vlm_steer.engine.active import ACTIVE, Probe
 from vlm_steer.engine.branches import Backend, Branches, Source
 from vlm_steer.engine.call import Call, Forward, Stream, states_after
 from vlm_steer.engine.grid import grids_among
-from vlm_steer.engine.hooks import Columns, LogitsAt, Reference
+from vlm_steer.engine.hooks import Columns, LogitsAt, Method, Reference
 from vlm_steer.engine.inputs import (
     mask_of,
     n_rows,
@@ -25,7 +25,7 @@ from vlm_steer.engine.inputs import (
 )
 from vlm_steer.engine.layout import Layout, is_image_token
 from vlm_steer.engine.model import kept_module_state
-from vlm_steer.engine.plan import Bound, Plan
+from vlm_steer.engine.plan import Bound, Plan, make_plan
 from vlm_steer.engine.vision import image_attention
 from vlm_steer.errors import UnsupportedModelError
 
@@ -265,12 +265,27 @@ class Run:
             probe = Probe(taps=frozenset(self.plan.model.layers))
             return states_after(probed(probe, with_image=with_image).states, layers)
 
+        def tallies(method: Method) -> dict[int, Tensor]:
+            stream = Stream("positive", call.positive.layout)
+            other = Call(make_plan((method,), self.plan.model), stream)
+            prompt = self.source.whole_prompt(kwargs, self._past)
+            token = ACTIVE.set(Forward(other, (stream,), 0, n_tokens(prompt)))
+            try:
+                with kept_module_state(self.source.model), torch.no_grad():
+                    owner(**{**prompt, "use_cache": False, "past_key_values": None})
+            finally:
+                ACTIVE.reset(token)
+            return {layer: tally for (_, layer), tally in stream.tallies.items()}
+
         reference = Reference(
             head_outputs_without_image=head_outputs_without_image,
             image_attention=seen_by_encoder,
             on_image_tokens=partial(_on_image_tokens, Columns(call.positive.layout.prompt)),
             hidden_states=hidden_states,
+            tallies=tallies,
+            columns=Columns(call.positive.layout.prompt),
             layers=layers,
+            plan=bound.constants,
         )
         return bound.method.prepare(reference)
 
