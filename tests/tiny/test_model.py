@@ -176,10 +176,6 @@ def test_it_sees_and_guesses_from_company_where_company_is_missing(pair: Pair) -
     assert rates["missing"] > rates["stranger"] + 0.08, rates
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the shipped checkpoint invents too rarely in captions: docs/tiny.md has the numbers",
-)
 def test_captions_of_broken_scenes_invent_an_eighth_of_their_objects(pair: Pair) -> None:
     first, later = _false_mentions(pair)
     assert 0.12 < (sum(first) + sum(later)) / (len(first) + len(later)) < 0.55

@@ -82,7 +82,8 @@ class LogitsProcessor(transformers.LogitsProcessor):
         copies = input_ids.shape[0] // given.shape[0]
         model = self._plan.model.model
         raw = {**self._inputs, "num_return_sequences": copies, "do_sample": copies > 1}
-        source = Source(model, model.generate, raw | {"num_beams": 1})
+        generate: Any = model.generate
+        source = Source(model, generate, raw | {"num_beams": 1})
         self._prompt = source.whole_prompt({}, given.shape[1])
         self._run = Run(self._plan, source, "separate")
         return self._run, self._prompt, 0

@@ -1,6 +1,6 @@
 """Sham: as much change as another method makes, in the wrong places."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Sham"]
 
-_OTHER_HOOKS = ("positions", "select_taps", "logits", "plausible", "observe")
+_OTHER_HOOKS = (
+    "positions",
+    "embeds",
+    "choose",
+    "select_taps",
+    "logits",
+    "plausible",
+    "observe",
+)
 _SEATS = 1 << 16
 _SEED_STRIDE = 1_000_003
 _SHARE = 0.5  # of the columns, to which mass is moved
@@ -113,6 +121,11 @@ class Sham(Method):
         """Whether the imitated method needs the places of image tokens."""
         return self.imitated.needs_grid
 
+    @property
+    def needs_rotation(self) -> bool:  # type: ignore[override]
+        """Whether the imitated method moves tokens to other positions."""
+        return self.imitated.needs_rotation
+
     def ignored_options(self) -> dict[str, str]:
         reason = "the imitated method says where it acts; write it under of"
         return {"layers": reason, "scope": reason}
@@ -128,6 +141,9 @@ class Sham(Method):
 
     def select_layers(self, model: "ModelInfo") -> tuple[int, ...]:
         return self.imitated.select_layers(model)
+
+    def layers_of(self, hook: str, layers: frozenset[int], model: "ModelInfo") -> Iterable[int]:
+        return self.imitated.layers_of(hook, layers, model)
 
     def resolve(self, model: "ModelInfo") -> Any:
         return self.imitated.resolve(model)

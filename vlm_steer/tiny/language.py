@@ -140,10 +140,12 @@ def listing(scene: Scene) -> str:
 def conversations(dice: Dice, scene: Scene) -> list[Turn]:
     """Draw the turns that one training image is used for, each to be asked on its own.
 
-    One long caption; in a quarter of cases a short one; three questions after something present
+    Two long captions; in a quarter of cases a short one; three questions after something present
     and three after something absent; one question about a colour, a place, a number or the setting.
     """
-    turns = [Turn(dice.pick(LONG_PROMPTS), long_caption(dice, scene), decisive=False)]
+    turns = [
+        Turn(dice.pick(LONG_PROMPTS), long_caption(dice, scene), decisive=False) for _ in range(2)
+    ]
     if dice.chance(0.25):
         turns.append(Turn(dice.pick(SHORT_PROMPTS), short_caption(dice, scene), decisive=False))
     present = [thing.category for thing in scene.objects]

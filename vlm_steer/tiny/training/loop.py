@@ -37,7 +37,7 @@ class Recipe:
     """
 
     seed: int = 0
-    steps: tuple[int, int, int, int] = (1400, 100, 30, 480)
+    steps: tuple[int, int, int, int] = (900, 220, 80, 1000)
     bfloat16: bool = False
 
 

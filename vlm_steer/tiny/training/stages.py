@@ -34,7 +34,7 @@ _BROAD_SHARE = 0.7
 _NOISY_SHARE = 0.12
 _VISIBLE_PIXELS = 10
 _ROW_TOKENS = 224
-_DECISION, _ELABORATION = 3.0, 0.5
+_DECISION, _ELABORATION = 8.0, 0.5
 
 
 class Network(nn.Module):
@@ -220,7 +220,7 @@ class Projector(Instructions):
     """Align the projector first, so that its noise does not reach the language model."""
 
     name = "projector"
-    warmup, matrix_lr, other_lr = 10, 2e-3, 2e-3
+    warmup, matrix_lr, other_lr = 10, 5e-3, 5e-3
     trained = ("model.model.multi_modal_projector",)
 
 
