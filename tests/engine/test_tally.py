@@ -10,7 +10,7 @@ from torch import Tensor
 import vlm_steer
 from tests.contract.test_contract import generate, two_rows
 from tests.families import zoo
-from vlm_steer.engine import attention
+from vlm_steer.engine import rows
 from vlm_steer.engine.hooks import At, Method, Rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::vlm_steer.errors.SteerWarning")
@@ -41,7 +41,7 @@ Rises.name = "rises"
 def test_a_tally_is_the_sum_over_the_prompt_whatever_the_blocks(
     block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_BLOCK", block)
+    monkeypatch.setattr(rows, "_BLOCK", block)
     batch = two_rows(zoo.load("llava"))
     with torch.no_grad():
         eager = zoo.load("llava", attn_implementation="eager").model

@@ -15,7 +15,7 @@ from vlm_steer_eval import bench, bench_rows
 
 @pytest.fixture(autouse=True)
 def tiny_shape(monkeypatch):
-    shape = bench.Shape(hidden=32, intermediate=32, layers=2, heads=2, vocabulary=64)
+    shape = bench.Shape(hidden=32, intermediate=32, layers=8, heads=2, vocabulary=64)
     monkeypatch.setitem(bench.SHAPES, "nano", shape)
 
 
