@@ -119,15 +119,20 @@ def sees_ahead(family: zoo.Family, batch: zoo.Inputs, base: Tensor) -> bool:
 
 
 def refusals(model: Any) -> dict[str, str]:
-    """Every registered method that a model refuses at its defaults, with the reason."""
+    """Every registered method that a model refuses at its defaults, with the reason.
+
+    What a method lacks that is no fault of the family, such as a file or a processor, is no refusal.
+    """
     refused = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SteerWarning)
         for method in list_methods():
             try:
                 vlm_steer.attach(model, {"method": method}).detach()
-            except SteerError as error:
+            except UnsupportedModelError as error:
                 refused[method] = str(error)
+            except SteerError:
+                continue
     return refused
 
 
