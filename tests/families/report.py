@@ -121,7 +121,7 @@ def sees_ahead(family: zoo.Family, batch: zoo.Inputs, base: Tensor) -> bool:
 def refusals(model: Any) -> dict[str, str]:
     """Every registered method that a model refuses at its defaults, with the reason.
 
-    What a method lacks that is no fault of the family, such as a file or a processor, is no refusal.
+    What a method lacks through no fault of the family, a file or a processor, is no refusal.
     """
     refused = {}
     with warnings.catch_warnings():
