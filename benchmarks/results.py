@@ -19,7 +19,7 @@ from transformers import __version__ as transformers_version
 
 import vlm_steer
 from vlm_steer.config import Spec, resolve
-from vlm_steer.errors import ConfigError, SteerError
+from vlm_steer.errors import SteerError
 from vlm_steer.loading import load_model
 from vlm_steer_eval.generation import Settings
 from vlm_steer_eval.metrics import compare
@@ -33,7 +33,8 @@ STRENGTHS: dict[str, tuple[dict[str, Any], ...]] = {
     "pai": tuple({"alpha": a, "gamma": 1.0} for a in (0.2, 0.5, 1.0)),
     "vcd": tuple({"noise_step": n} for n in (300, 500, 700)),
     "vhr": tuple({"alpha": a} for a in (1.25, 1.5, 2.0)),
-    "vaf": tuple({"enhance": a} for a in (1.15, 1.5)),
+    "vaf": tuple({"alpha": a} for a in (0.15, 0.5)),
+    "deco": tuple({"alpha": a} for a in (0.3, 0.6)),
 }
 """What is tried on the validation scenes; every other method is measured at its defaults."""
 
@@ -74,6 +75,17 @@ class Checkpoint:
             output=self.work / self.name / name,
         )
 
+    def refusals(self, methods: Sequence[str]) -> dict[str, str]:
+        """Methods that this model refuses at their defaults, with the reason."""
+        model, processor = load_model(self.source)
+        refused = {}
+        for name in methods:
+            try:
+                vlm_steer.attach(model, name, processor=processor).detach()
+            except SteerError as error:
+                refused[name] = str(error)
+        return refused
+
 
 def main() -> None:
     """Measure and write."""
@@ -100,6 +112,8 @@ def main() -> None:
 
 def measure(checkpoint: Checkpoint, methods: Sequence[str], sizes: Sizes) -> dict[str, Any]:
     """Choose strengths on validation scenes, then measure on the others."""
+    left_out = checkpoint.refusals(methods)
+    methods = [name for name in methods if name not in left_out]
     arms = {name: _spec(name, best) for name, best in _tuned(checkpoint, methods, sizes).items()}
     pairs = {name: sham for name, spec in arms.items() if (sham := _sham(spec)) is not None}
     everything = {**arms, **{f"sham:{name}": spec for name, spec in pairs.items()}}
@@ -116,6 +130,7 @@ def measure(checkpoint: Checkpoint, methods: Sequence[str], sizes: Sizes) -> dic
         }
     return {
         "settings": arms,
+        "left_out": left_out,
         "sizes": dataclasses.asdict(sizes),
         "transformers": transformers_version,
         "splits": splits,
@@ -123,16 +138,9 @@ def measure(checkpoint: Checkpoint, methods: Sequence[str], sizes: Sizes) -> dic
 
 
 def _measurable() -> list[str]:
-    """Methods that change something and need nothing that has to be built first."""
-    names = []
-    for name in vlm_steer.list_methods():
-        try:
-            (method,) = resolve(name)
-        except ConfigError:
-            continue
-        if not method.observer and name != "sham":
-            names.append(name)
-    return names
+    """Methods that change something; shams are added beside them."""
+    methods = {name: vlm_steer.get_method(name) for name in vlm_steer.list_methods()}
+    return [n for n, method in methods.items() if not method.observer and n != "sham"]
 
 
 def _tuned(
@@ -216,6 +224,8 @@ def page(name: str, report: Mapping[str, Any]) -> str:
             if not arm.startswith("sham:")
             for note in notes
         ]
+    lines += ["", "## Left out", ""]
+    lines += [f"- `{arm}`: {why}" for arm, why in report["left_out"].items()]
     lines += ["", "## Settings", ""]
     lines += [f"- `{arm}`: `{json.dumps(spec)}`" for arm, spec in report["settings"].items()]
     return "\n".join(lines) + "\n"
