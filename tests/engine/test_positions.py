@@ -57,12 +57,24 @@ def test_generated_tokens_count_on_from_the_last_prompt_position() -> None:
         assert torch.equal(step[:, 0], last + n)
 
 
+def beams_agree(family: zoo.Family, batch: dict[str, torch.Tensor]) -> bool:
+    """Whether beams with and without a cache end in equal scores; not so in all of transformers."""
+    options = {"num_beams": 3, "max_new_tokens": 4, "do_sample": False, "output_scores": True}
+    cached, fresh = (
+        family.model.generate(
+            **batch, **options, use_cache=use_cache, return_dict_in_generate=True
+        ).sequences_scores
+        for use_cache in (True, False)
+    )
+    return torch.allclose(cached, fresh, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ROTARY)
 def test_positions_act_equally_cached_padded_and_in_beams(name: str) -> None:
     family = zoo.load(name)
     batch = two_rows(family)
     base = generate(family, batch)
-    beams = {"num_beams": 3, "max_new_tokens": 4, "do_sample": False}
+    base_beams_agree = name != "instructblip" and beams_agree(family, batch)
     with vlm_steer.steer(family.model, Stretch()) as steering:
         steered = generate(family, batch)
         effect = steering.effect()["stretch"]["layers"]
@@ -74,10 +86,8 @@ def test_positions_act_equally_cached_padded_and_in_beams(name: str) -> None:
         assert_close(plain[:, None], steered[:, :1])
         if name != "instructblip":  # transformers loses its image without a cache
             assert_close(steered, generate(family, batch, use_cache=False))
-            assert torch.equal(
-                family.model.generate(**batch, **beams),
-                family.model.generate(**batch, **beams, use_cache=False),
-            )
+            if base_beams_agree:
+                assert beams_agree(family, batch)
     assert not torch.equal(steered, base)
     assert torch.equal(generate(family, batch), base)
 
