@@ -238,22 +238,20 @@ class Run:
 
     def _prepare(self, call: Call, owner: nn.Module, kwargs: dict[str, Any], bound: Bound) -> Any:
         layers = tuple(sorted(bound.layers))
+        columns = Columns(call.positive.layout.prompt)
 
-        def probed(probe: Probe, *, with_image: bool) -> Probe:
-            prompt = self.source.whole_prompt(kwargs, self._past)
-            if not with_image:
-                prompt = without_image(prompt, Columns(call.positive.layout.prompt).is_text)
-            token = ACTIVE.set(probe)
+        def run(seen_by: Probe | Forward, prompt: Mapping[str, Any]) -> None:
+            token = ACTIVE.set(seen_by)
             try:
                 with kept_module_state(self.source.model), torch.no_grad():
                     owner(**{**prompt, "use_cache": False, "past_key_values": None})
             finally:
                 ACTIVE.reset(token)
-            return probe
 
         def head_outputs_without_image(layers: tuple[int, ...]) -> dict[int, Tensor]:
             probe = Probe(self.plan.model.sites, frozenset(layers))
-            return probed(probe, with_image=False).outputs
+            run(probe, without_image(self.source.whole_prompt(kwargs, self._past), columns.is_text))
+            return probe.outputs
 
         def seen_by_encoder(layers: tuple[int, ...]) -> tuple[Tensor, ...]:
             given = kwargs if self.source.raw is None else self.source.raw
@@ -263,27 +261,24 @@ class Run:
         def hidden_states(with_image: bool) -> Tensor:
             # All layers, since one that is skipped leaves the state of the layer before it.
             probe = Probe(taps=frozenset(self.plan.model.layers))
-            return states_after(probed(probe, with_image=with_image).states, layers)
+            prompt = self.source.whole_prompt(kwargs, self._past)
+            run(probe, prompt if with_image else without_image(prompt, columns.is_text))
+            return states_after(probe.states, layers)
 
         def tallies(method: Method) -> dict[int, Tensor]:
             stream = Stream("positive", call.positive.layout)
             other = Call(make_plan((method,), self.plan.model), stream)
             prompt = self.source.whole_prompt(kwargs, self._past)
-            token = ACTIVE.set(Forward(other, (stream,), 0, n_tokens(prompt)))
-            try:
-                with kept_module_state(self.source.model), torch.no_grad():
-                    owner(**{**prompt, "use_cache": False, "past_key_values": None})
-            finally:
-                ACTIVE.reset(token)
+            run(Forward(other, (stream,), 0, n_tokens(prompt)), prompt)
             return {layer: tally for (_, layer), tally in stream.tallies.items()}
 
         reference = Reference(
             head_outputs_without_image=head_outputs_without_image,
             image_attention=seen_by_encoder,
-            on_image_tokens=partial(_on_image_tokens, Columns(call.positive.layout.prompt)),
+            on_image_tokens=partial(_on_image_tokens, columns),
             hidden_states=hidden_states,
             tallies=tallies,
-            columns=Columns(call.positive.layout.prompt),
+            columns=columns,
             layers=layers,
             plan=bound.constants,
         )
