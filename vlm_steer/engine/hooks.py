@@ -26,7 +26,7 @@ The hooks, in the order in which data passes them:
 ``hidden``      residual stream after a layer
 ``select_taps`` layers whose residual stream at the last row the ``logits`` hook sees
 ``logits``      next-token logits, with those of the branches and of the tapped layers
-``keep``        which next tokens stay possible
+``plausible``   which next tokens stay possible
 ``observe``     a read-only look at attention weights, returned to the user per generated token
 ==============  =============================================================================
 
