@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,14 @@ class Checkpoint:
     source: str
     work: Path
 
+    @cached_property
+    def loaded(self) -> tuple[Any, Any]:
+        """Model and processor."""
+        return load_model(self.source)
+
     def measure(self, task: Task, arms: Mapping[str, Spec], tokens: int, name: str) -> Evaluation:
         """Run one benchmark; answers that the work folder has are not generated again."""
-        model, processor = load_model(self.source)
+        model, processor = self.loaded
         return run_benchmark(
             task,
             dict(arms),
@@ -77,7 +83,7 @@ class Checkpoint:
 
     def refusals(self, methods: Sequence[str]) -> dict[str, str]:
         """Methods that this model refuses at their defaults, with the reason."""
-        model, processor = load_model(self.source)
+        model, processor = self.loaded
         refused = {}
         for name in methods:
             try:
