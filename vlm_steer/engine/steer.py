@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,12 @@ from torch.utils.hooks import RemovableHandle
 from vlm_steer.engine import attention
 from vlm_steer.engine.active import ACTIVE, Probe
 from vlm_steer.engine.branches import Backend, Source, intercept, is_capturing
-from vlm_steer.engine.call import Call, Forward, states_after
+from vlm_steer.engine.call import Call, states_after
 from vlm_steer.engine.hooks import Method
-from vlm_steer.engine.inputs import token_tensor
 from vlm_steer.engine.model import ModelInfo, inspect_model, unwrap
 from vlm_steer.engine.plan import Bound, Plan, make_plan
 from vlm_steer.engine.run import Run, named_arguments
+from vlm_steer.engine.wiring import hook_decoder, restore_attention, switch_attention
 from vlm_steer.errors import ConfigError, SteerError, SteerWarning, UnsupportedModelError
 
 __all__ = ["Steering", "attach", "engaged", "last_hidden_states", "steer"]
@@ -410,7 +410,7 @@ class _Installation:
             _INSTALLED.pop(self.info.model, None)
 
     def _put_on(self) -> None:
-        _switch_attention(self.info.configs)
+        switch_attention(self.info.configs)
         owner = self.info.owner
         self._handles += [
             owner.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
@@ -423,19 +423,7 @@ class _Installation:
             self._handles.append(
                 self.info.model.register_forward_hook(self._unclose, always_call=True)
             )
-        for look in (_see_images, _move):
-            hook = self.info.decoder.register_forward_pre_hook(look, with_kwargs=True)
-            self._handles.append(hook)
-        first = self.info.layers[min(self.info.layers)]
-        self._handles.append(first.register_forward_pre_hook(_embedder, with_kwargs=True))
-        for index, layer in self.info.layers.items():
-            self._handles += [
-                layer.register_forward_pre_hook(_marker(index), with_kwargs=True),
-                layer.register_forward_hook(_editor("hidden", index)),
-                layer.register_forward_hook(_tapper(index)),
-            ]
-        for index, mlp in self.info.mlps.items():
-            self._handles.append(mlp.register_forward_hook(_editor("mlp", index)))
+        self._handles += hook_decoder(self.info)
         model = self.info.model
         self._own_generate = vars(model).get("generate")
         model.generate = self._bracket(model.generate)  # type: ignore
@@ -448,7 +436,7 @@ class _Installation:
         del model.generate
         if self._own_generate is not None:
             model.generate = self._own_generate
-        _restore_attention(self.info.configs)
+        restore_attention(self.info.configs)
 
     # -- finding what applies -----------------------------------------------------------------
     def current(self) -> Steering | None:
@@ -570,107 +558,6 @@ class _Installation:
         """Know later which run filled this cache."""
         if cache is not None:
             self._runs[cache] = run
-
-
-def _see_images(
-    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """A hook on the text decoder that keeps the embeddings of image tokens."""
-    forward = ACTIVE.get()
-    if isinstance(forward, Forward) and forward.call.plan.needs_image_features:
-        forward.see_images(named_arguments(decoder, args, kwargs).get("inputs_embeds"))
-    return None
-
-
-def _move(
-    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """A hook on the text decoder that lets methods move the positions of tokens."""
-    forward = ACTIVE.get()
-    if not isinstance(forward, Forward) or not forward.call.plan.positions:
-        return None
-    kwargs = named_arguments(decoder, args, kwargs)
-    return (), forward.moved(kwargs, token_tensor(kwargs))
-
-
-def _embedder(
-    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """A hook on the first decoder layer's input that lets methods change embeddings."""
-    forward = ACTIVE.get()
-    if not isinstance(forward, Forward) or not forward.call.plan.embeds:
-        return None
-    bounds = forward.call.plan.embeds
-    if args:
-        return (forward.edit("embeds", 0, bounds, args[0]), *args[1:]), kwargs
-    embeds = forward.edit("embeds", 0, bounds, kwargs["hidden_states"])
-    return args, {**kwargs, "hidden_states": embeds}
-
-
-def _marker(layer: int) -> Callable[..., None]:
-    """A hook on a decoder layer's input that lets methods mark key columns and carry a state."""
-
-    def mark(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        forward = ACTIVE.get()
-        if not isinstance(forward, Forward):
-            return
-        plan = forward.call.plan
-        if layer in plan.marks or layer in plan.carry:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            forward.mark(layer, hidden)
-            forward.carry(layer, hidden)
-
-    return mark
-
-
-def _editor(hook: Literal["hidden", "mlp"], layer: int) -> Callable[..., Any]:
-    """A hook on the output of a decoder layer or of its MLP."""
-
-    def edit(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        forward = ACTIVE.get()
-        if not isinstance(forward, Forward):
-            return None
-        bounds = getattr(forward.call.plan, hook).get(layer)
-        if bounds is None:
-            return None
-        given = args[0] if args and hook == "mlp" else None
-        if isinstance(output, tuple):
-            return (forward.edit(hook, layer, bounds, output[0], given), *output[1:])
-        return forward.edit(hook, layer, bounds, output, given)
-
-    return edit
-
-
-def _tapper(layer: int) -> Callable[..., None]:
-    """A hook on a decoder layer that keeps the last row of its output, edits included."""
-
-    def tap(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        forward = ACTIVE.get()
-        if forward is not None:
-            forward.tap(layer, output[0] if isinstance(output, tuple) else output)
-
-    return tap
-
-
-_SWITCHED: dict[int, tuple[Any, str, int]] = {}
-
-
-def _switch_attention(configs: tuple[Any, ...]) -> None:
-    """Point configurations at our attention name; two models may share a configuration."""
-    keys = [attention.key_for(config._attn_implementation) for config in configs]
-    for config, key in zip(configs, keys, strict=True):
-        _, original, users = _SWITCHED.get(id(config), (config, config._attn_implementation, 0))
-        _SWITCHED[id(config)] = (config, original, users + 1)
-        config._attn_implementation_internal = key
-
-
-def _restore_attention(configs: tuple[Any, ...]) -> None:
-    for config in configs:
-        _, original, users = _SWITCHED.pop(id(config))
-        if users > 1:
-            _SWITCHED[id(config)] = (config, original, users - 1)
-        else:
-            config._attn_implementation_internal = original
 
 
 _NOT_FOR_BRANCHES = (
