@@ -1,11 +1,11 @@
-"""Measure every method on the embedded model, with shams, into docs/results/.
+"""Measure every method on the embedded model, with controls, into docs/results/.
 
 python benchmarks/results.py --work runs/results [--model NAME=DIR ...] [--methods pai,vaf]
 
 Strengths are chosen on the ``validation`` scenes by the F1 of mentioned objects, and only then
-measured on ``iid`` and ``broken``, for every checkpoint by itself. Beside each method that acts on
-attention, heads or states stands its sham: as much change, in the wrong places. The work folder
-holds all answers; an interrupted run continues there.
+measured on ``iid`` and ``broken``, for every checkpoint by itself, under greedy decoding and under
+sampling. Beside each method that acts on attention, heads or states stands its sham: as much
+change, in the wrong places. The work folder holds all answers; an interrupted run continues there.
 """
 
 import argparse
@@ -22,10 +22,13 @@ import vlm_steer
 from vlm_steer.config import Spec, resolve
 from vlm_steer.errors import SteerError
 from vlm_steer.loading import load_model
+from vlm_steer_eval.arms import BASELINE
+from vlm_steer_eval.benchmarks import BENCHMARKS
+from vlm_steer_eval.comparing import ALL, compare_runs
 from vlm_steer_eval.generation import Settings
 from vlm_steer_eval.metrics import compare
-from vlm_steer_eval.pipeline import Evaluation, run_benchmark
-from vlm_steer_eval.results import score_all
+from vlm_steer_eval.pipeline import run_benchmark
+from vlm_steer_eval.runs import RunArm, Runs, load_runs
 from vlm_steer_eval.sources import embedded_chair, embedded_pope
 from vlm_steer_eval.tables import format_difference, format_metric
 from vlm_steer_eval.tasks import Task
@@ -39,10 +42,16 @@ STRENGTHS: dict[str, tuple[dict[str, Any], ...]] = {
 }
 """What is tried on the validation scenes; every other method is measured at its defaults."""
 
-CHAIR = ("CHAIRi", "CHAIRs", "Recall", "Len")
+DECODINGS: dict[str, dict[str, Any]] = {"greedy": {}, "sampling": {"temperature": 1.0}}
+TRIVIAL: dict[str, dict[str, Any]] = {
+    "temperature 0.5": {"temperature": 0.5},
+    "3 beams": {"num_beams": 3},
+}
+"""Ways of decoding that change the trade of recall for error without any method."""
+
+CAPTION_TOKENS, ANSWER_TOKENS = 96, 4
+CHAIR = {"CHAIRi": "CHAIR_i", "CHAIRs": "CHAIR_s", "Recall": "recall", "Len": "words"}
 POPE = ("random", "popular", "adversarial")
-_CAPTION_TOKENS, _ANSWER_TOKENS = 96, 4
-_LABELS = {"CHAIRi": "CHAIR_i", "CHAIRs": "CHAIR_s", "Recall": "recall", "Len": "words"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,19 +76,22 @@ class Checkpoint:
         """Model and processor."""
         return load_model(self.source)
 
-    def measure(self, task: Task, arms: Mapping[str, Spec], tokens: int, name: str) -> Evaluation:
-        """Run one benchmark; answers that the work folder has are not generated again."""
+    def measure(self, task: Task, arms: Mapping[str, Spec], name: str, **decoding: Any) -> Path:
+        """Run one benchmark into a folder; answers that are there are not generated again."""
         model, processor = self.loaded
-        return run_benchmark(
+        tokens = CAPTION_TOKENS if task.name == "chair" else ANSWER_TOKENS
+        output = self.work / self.name / f"{name}-{task.name}"
+        run_benchmark(
             task,
             dict(arms),
             model,
             processor,
             model_name=self.name,
-            settings=Settings(max_new_tokens=tokens),
+            settings=Settings(max_new_tokens=tokens, **decoding),
             batch_size=100,
-            output=self.work / self.name / name,
+            output=output,
         )
+        return output
 
     def refusals(self, methods: Sequence[str]) -> dict[str, str]:
         """Methods that this model refuses at their defaults, with the reason."""
@@ -107,10 +119,9 @@ def main() -> None:
     sizes = Sizes(chosen.tune, chosen.chair, chosen.pope)
     named = chosen.methods.split(",") if chosen.methods else _measurable()
     chosen.output.mkdir(parents=True, exist_ok=True)
-    for entry in ["seed0=tiny", *chosen.model]:
+    for entry in chosen.model or ["seed0=tiny"]:
         name, _, source = entry.partition("=")
-        checkpoint = Checkpoint(name, source, chosen.work)
-        report = measure(checkpoint, named, sizes)
+        report = measure(Checkpoint(name, source, chosen.work), named, sizes)
         path = chosen.output / f"embedded_{name}"
         path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
         path.with_suffix(".md").write_text(page(name, report))
@@ -121,25 +132,70 @@ def measure(checkpoint: Checkpoint, methods: Sequence[str], sizes: Sizes) -> dic
     left_out = checkpoint.refusals(methods)
     methods = [name for name in methods if name not in left_out]
     arms = {name: _spec(name, best) for name, best in _tuned(checkpoint, methods, sizes).items()}
-    pairs = {name: sham for name, spec in arms.items() if (sham := _sham(spec)) is not None}
-    everything = {**arms, **{f"sham:{name}": spec for name, spec in pairs.items()}}
-    splits = {}
+    shams = {f"sham:{name}": sham for name, spec in arms.items() if (sham := _sham(spec))}
+    splits: dict[str, Any] = {}
     for split in ("iid", "broken"):
-        chair_task = embedded_chair(split, limit=sizes.chair)
-        chair = checkpoint.measure(chair_task, everything, _CAPTION_TOKENS, f"{split}-chair")
-        pope_task = embedded_pope(split, limit=sizes.pope)
-        pope = checkpoint.measure(pope_task, everything, _ANSWER_TOKENS, f"{split}-pope")
-        splits[split] = {
-            "chair": _scores(chair),
-            "pope": _scores(pope),
-            "against_sham": _against_shams(chair_task, chair, list(pairs)),
-        }
+        splits[split] = {}
+        for task in (
+            embedded_chair(split, limit=sizes.chair),
+            embedded_pope(split, limit=sizes.pope),
+        ):
+            folders = {
+                decoding: checkpoint.measure(
+                    task,
+                    {**arms, **shams} if decoding == "greedy" else arms,
+                    f"{split}-{decoding}",
+                    **settings,
+                )
+                for decoding, settings in DECODINGS.items()
+            }
+            trivial = {
+                name: checkpoint.measure(task, {}, f"{split}-{name.replace(' ', '-')}", **settings)
+                for name, settings in TRIVIAL.items()
+                if task.name == "chair"
+            }
+            for decoding, folder in folders.items():
+                others = {n: f for n, f in folders.items() if n != decoding}
+                found = compared(folder, others | trivial)
+                splits[split].setdefault(decoding, {})[task.name] = found
     return {
         "settings": arms,
         "left_out": left_out,
         "sizes": dataclasses.asdict(sizes),
         "transformers": transformers_version,
         "splits": splits,
+    }
+
+
+def compared(folder: Path, trivial: Mapping[str, Path]) -> dict[str, Any]:
+    """The arms of a folder against its unsteered one, the frontier of trivial decodings included.
+
+    ``against_sham`` holds the paired differences of each method to its sham.
+    """
+    everything = load_runs([folder, *trivial.values()])
+    mine = {
+        name.removeprefix(f"{folder.name}/"): arm
+        for name, arm in everything.arms.items()
+        if name.startswith(f"{folder.name}/")
+    }
+    decodings = {n: everything.arms[f"{path.name}/{BASELINE}"] for n, path in trivial.items()}
+    runs = dataclasses.replace(everything, arms={**mine, **decodings}, baseline=BASELINE)
+    found = compare_runs(runs, trivial=tuple(decodings))
+    summary = json.loads((folder / "scores.json").read_text())
+    found["against_sham"] = _against_shams(runs)
+    return found | {key: summary[key] for key in ("changed_nothing", "notes")}
+
+
+def _against_shams(runs: Runs) -> dict[str, Any]:
+    def rows(arm: RunArm) -> list[Sequence[float]]:
+        return [unit.counts for unit in arm.units.values()]
+
+    clusters = [unit.cluster for unit in runs.arms[runs.baseline].units.values()]
+    metrics = BENCHMARKS[runs.benchmark]
+    return {
+        name: compare(metrics, rows(runs.arms[f"sham:{name}"]), rows(arm), clusters)
+        for name, arm in runs.arms.items()
+        if f"sham:{name}" in runs.arms
     }
 
 
@@ -163,7 +219,8 @@ def _tuned(
         return best
     task = embedded_chair("validation", limit=sizes.tune)
     specs = {arm: _spec(name, options) for arm, (name, options) in tried.items()}
-    found = checkpoint.measure(task, specs, _CAPTION_TOKENS, "validation-chair").summary["arms"]
+    folder = checkpoint.measure(task, specs, "validation-greedy")
+    found = json.loads((folder / "scores.json").read_text())["arms"]
     top = dict.fromkeys(methods, -1.0)
     for arm, (name, options) in tried.items():
         (summary,) = found[arm].values()
@@ -186,50 +243,31 @@ def _sham(spec: dict[str, Any]) -> dict[str, Any] | None:
     return sham
 
 
-def _scores(evaluation: Evaluation) -> dict[str, Any]:
-    kept = ("arms", "differences", "changed_nothing", "notes", "n_images", "n_items")
-    return {key: evaluation.summary[key] for key in kept}
-
-
-def _against_shams(task: Task, evaluation: Evaluation, methods: Sequence[str]) -> dict[str, Any]:
-    """Paired differences of CHAIR between each method and its sham."""
-    scores = score_all(task, evaluation.run)
-    clusters = [item.cluster for item in task.items]
-    counts = {
-        arm: [scored[item.id].counts for item in task.items] for arm, scored in scores.items()
-    }
-    return {
-        name: compare(task.metrics, counts[f"sham:{name}"], counts[name], clusters)["CHAIRi"]
-        for name in methods
-    }
-
-
 def page(name: str, report: Mapping[str, Any]) -> str:
     """The results of one checkpoint as Markdown."""
     sizes = report["sizes"]
     lines = [
         f"# Every method on the embedded model, {name}",
         "",
-        "Written by `python benchmarks/results.py`; greedy decoding, float32, transformers "
+        "Written by `python benchmarks/results.py`; float32, transformers "
         f"{report['transformers']}. Where several strengths were tried, one was chosen on "
         f"{sizes['tune']} `validation` scenes by the F1 of mentioned objects; the others are "
         f"defaults. Captions of {sizes['chair']} scenes and questions about {sizes['pope']} scenes "
-        "per split. In brackets, 95 % intervals of the difference to the unsteered model, paired "
-        "by scene; a star means p < 0.05 after Holm's correction over the arms. `sham:` rows make "
-        "as much change in the wrong places. One small checkpoint is no ground to rank methods.",
+        "per split.",
+        "",
+        "In brackets, 95 % intervals of the difference to the unsteered model, paired by scene; a "
+        "star means p < 0.05 after Holm's correction over the arms. *Against its sham*: the "
+        "difference to as much change in the wrong places. *Frontier*: whether the arm lies beyond "
+        "what shorter captions, another temperature and beams (CHAIR) or a constant bias towards "
+        "yes (POPE) give for nothing. *At matched recall* and *at the same yes rate* compare after "
+        "the unsteered model was cut, or biased, to say as much. One small checkpoint is no ground "
+        "to rank methods.",
     ]
-    for split, found in report["splits"].items():
-        lines += ["", f"## {split}", "", *_chair_table(found), "", *_pope_table(found)]
-        lines += [
-            f"- `{arm}` changed nothing here: its row repeats the unsteered one."
-            for arm in found["chair"]["changed_nothing"]
-        ]
-        lines += [
-            f"- `{arm}`: {note}"
-            for arm, notes in found["chair"]["notes"].items()
-            if not arm.startswith("sham:")
-            for note in notes
-        ]
+    for split, decodings in report["splits"].items():
+        for decoding, found in decodings.items():
+            chair, pope = found["chair"], found["pope"]
+            lines += ["", f"## {split}, {decoding}", "", *_chair_table(chair)]
+            lines += ["", *_pope_table(pope), "", *_remarks(chair)]
     lines += ["", "## Left out", ""]
     lines += [f"- `{arm}`: {why}" for arm, why in report["left_out"].items()]
     lines += ["", "## Settings", ""]
@@ -237,37 +275,57 @@ def page(name: str, report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _chair_table(found: Mapping[str, Any]) -> list[str]:
-    heads = [_LABELS[metric] for metric in CHAIR]
-    lines = [
-        f"| arm | {' | '.join(heads)} | CHAIR_i against its sham |",
-        "|---" * (len(CHAIR) + 2) + "|",
+def _remarks(found: Mapping[str, Any]) -> list[str]:
+    idle = [f"`{arm}`" for arm in found["changed_nothing"] if not arm.startswith("sham:")]
+    lines = [f"- Changed nothing, so that the row repeats the first: {', '.join(idle)}."]
+    return (lines if idle else []) + [
+        f"- `{arm}`: {note}"
+        for arm, notes in found["notes"].items()
+        if not arm.startswith("sham:")
+        for note in notes
     ]
-    for arm in found["chair"]["arms"]:
-        cells = [_cell(found["chair"], arm, None, metric) for metric in CHAIR]
-        against = found["against_sham"].get(arm)
-        last = format_difference("CHAIRi", against) if against else ""
-        lines.append(f"| {arm} | {' | '.join(cells)} | {last} |")
-    return lines
+
+
+def _chair_table(found: Mapping[str, Any]) -> list[str]:
+    heads = ["arm", *CHAIR.values(), "CHAIR_i at matched recall", "CHAIR_i against its sham"]
+    rows = []
+    for arm, by_part in found["arms"].items():
+        cells = [_cell(found, arm, metric, next(iter(by_part))) for metric in CHAIR]
+        matched = found["matched"].get(arm, {}).get("recall", {}).get("differences", {})
+        sham = found["against_sham"].get(arm, {})
+        cells += [_difference("CHAIRi", matched), _difference("CHAIRi", sham)]
+        rows.append([arm, *cells, _verdict(found, arm)])
+    return _table([*heads, "frontier"], rows)
 
 
 def _pope_table(found: Mapping[str, Any]) -> list[str]:
-    lines = [
-        f"| arm | {' | '.join(f'F1 {split}' for split in POPE)} | yes rate, adversarial |",
-        "|---" * (len(POPE) + 2) + "|",
-    ]
-    for arm in found["pope"]["arms"]:
-        cells = [_cell(found["pope"], arm, split, "f1") for split in POPE]
-        cells.append(_cell(found["pope"], arm, "adversarial", "yes_ratio"))
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
-    return lines
+    heads = ["arm", *(f"F1 {part}" for part in POPE), "yes rate", "F1 at the same yes rate"]
+    rows = []
+    for arm in found["arms"]:
+        cells = [_cell(found, arm, "f1", part) for part in POPE]
+        matched = found["matched"].get(arm, {}).get("yes_ratio", {}).get("differences", {})
+        cells += [_cell(found, arm, "yes_ratio", ALL), _difference("f1", matched)]
+        rows.append([arm, *cells, _verdict(found, arm)])
+    return _table([*heads, "frontier"], rows)
 
 
-def _cell(scores: Mapping[str, Any], arm: str, split: str | None, metric: str) -> str:
-    by_split = scores["arms"][arm]
-    split = split or next(iter(by_split))
-    value = format_metric(metric, by_split[split]["metrics"][metric])[0]
-    difference = scores["differences"].get(arm, {}).get(split, {}).get(metric)
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def _verdict(found: Mapping[str, Any], arm: str) -> str:
+    verdicts = (found["frontier"] or {"verdicts": {}})["verdicts"]
+    return str(verdicts[arm]["verdict"]) if arm in verdicts else ""
+
+
+def _difference(metric: str, differences: Mapping[str, Any]) -> str:
+    return format_difference(metric, differences[metric]) if metric in differences else ""
+
+
+def _cell(found: Mapping[str, Any], arm: str, metric: str, part: str) -> str:
+    value = format_metric(metric, found["arms"][arm][part]["metrics"][metric])[0]
+    difference = found["differences"].get(arm, {}).get(part, {}).get(metric)
     if difference is None:
         return value
     change = format_difference(metric, difference)
