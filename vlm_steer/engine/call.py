@@ -538,7 +538,9 @@ class Forward:
         missing = max(self.total - tally.shape[-1], 0)  # columns that a window has dropped
         tally = torch.nn.functional.pad(tally, (missing, 0))[..., : self.total]
         if self.past > 0 and (old := stream.tallies.get((bound.index, layer))) is not None:
-            tally = tally + torch.nn.functional.pad(old, (0, self.total - old.shape[-1]))
+            grown = [new - had for new, had in zip(tally.shape, old.shape, strict=True)]
+            padding = [n for axis in reversed(grown) for n in (0, axis)]
+            tally = tally + torch.nn.functional.pad(old, padding)
         stream.tallies[bound.index, layer] = tally[..., : stream.layout.prompt_length]
 
     def tap(self, layer: int, hidden: Tensor) -> None:

@@ -16,7 +16,7 @@ The hooks, in the order in which data passes them:
 ``marks``       a read-only look at a layer's input that marks key columns (sinks)
 ``carry``       a read-only look at a layer's input that hands a state on from layer to layer
 ``scores``      attention scores of the steered rows, before the mask and the softmax
-``tally``       a read-only look at the attention of every prompt row, summed over them
+``tally``       a read-only look at the attention of the prompt's rows, summed over them
 ``weights``     attention weights of the steered rows, after the softmax
 ``look``        a read-only look at the attention of the steered rows, for ``heads`` to use
 ``choose``      a read-only look at the predicting row's attention that selects image tokens, for
@@ -253,15 +253,17 @@ class Method(metaclass=_Strict):
     def tally(self, weights: Tensor, at: At) -> Tensor:
         """Something about every key column that is a sum over the prompt's rows.
 
-        Called for the whole prompt, block of rows by block of rows, before the ``weights`` hook of
-        the same layer. Padding rows are among the rows; ``at.is_row`` tells.
+        Called from the first row of the prompt that ``rows`` allows, block of rows by block of
+        rows, before the ``scores`` and ``weights`` hooks of the same layer. Other rows are among
+        them, such as padding; ``at.is_row`` tells.
 
         Args:
             weights: ``[batch, heads, rows, key]`` float32 weights, before the ``weights`` hooks.
             at: The view.
 
         Returns:
-            ``[batch, ..., key]``; the sum over all blocks is found in ``At.tally``.
+            ``[batch, ..., key]``; the sum over all blocks is found in ``At.tally``. The axes
+            between may grow from one turn of a conversation to the next.
         """
         raise NotImplementedError
 

@@ -102,10 +102,12 @@ class Rows:
             return
         totals: dict[tuple[Bound, Stream], Tensor] = {}
         before, stop = None, self.forward.prompt_rows
-        for start in range(0, stop, _BLOCK):
+        # One row more, so that the first one that counts has a row before it.
+        first = max(self.forward.first_row(self.acting.tally) - 1, 0)
+        for start in range(first, stop, _BLOCK):
             rows = (start, min(start + _BLOCK, stop))
             closed = self._closed(*rows)
-            scores = self._hooked_scores(*rows, closed, measured=False)
+            scores = self._hooked_scores(*rows, closed, tallies=True)
             weights = self._softmax(scores, closed, slice(None), rows)
             if self._has_sink:
                 weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -120,9 +122,12 @@ class Rows:
             self.forward.add_tally(bound, stream, self.layer, total)
 
     def _hooked_scores(
-        self, start: int, stop: int, closed: Tensor | None, *, measured: bool
+        self, start: int, stop: int, closed: Tensor | None, *, tallies: bool = False
     ) -> Tensor:
-        """``[batch, heads, rows, key]`` float32 scores after their hooks, before the mask."""
+        """``[batch, heads, rows, key]`` float32 scores after their hooks, before the mask.
+
+        While a tally is being made, hooks find none: not that of an earlier pass either.
+        """
         rows = (start, stop)
         scores = self._scores(self.query[:, :, start:stop], self.key)
         if (bias := self.options.get("position_bias")) is not None:
@@ -130,8 +135,9 @@ class Rows:
         for bound, stream in self.acting.scores:
             old = scores[stream.batch]
             at = self._scores_at(bound, stream, rows, closed)
+            at = replace(at, tally=None) if tallies else at
             new = self._keep_other_rows(bound, stream, rows, old, bound.method.scores(old, at))
-            if measured:
+            if self.forward.call.is_measured and not tallies:
                 before, after = (self._softmax(s, closed, stream.batch, rows) for s in (old, new))
                 self.forward.touch(bound, self.layer, Touch.of_weights(before, after))
             scores = put(scores, stream.batch, new)
@@ -142,7 +148,7 @@ class Rows:
         rows = (start, stop)
         closed = self._closed(start, stop)
         measured = self.forward.call.is_measured
-        scores = self._hooked_scores(start, stop, closed, measured=measured)
+        scores = self._hooked_scores(start, stop, closed)
         weights = self._softmax(scores, closed, slice(None), rows)
         # What a sink that is no token takes stays out of the hooks' reach: their rows sum to 1.
         has_sink = bool(self.acting.weights) and self._has_sink

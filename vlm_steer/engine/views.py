@@ -242,8 +242,9 @@ class At:
             cache the prompt and all generated tokens pass together.
         row_before: In the ``tally`` hook, the weights of the row before the block at hand,
             ``[batch, heads, 1, key]``; zeros before the first row of a pass.
-        tally: ``[batch, ..., prompt]``, the sum over all prompt rows of what the method's own
+        tally: ``[batch, ..., prompt]``, the sum over the prompt's rows of what the method's own
             ``tally`` hook returned at this layer, by position; ``on_keys`` puts it on the columns.
+            ``None`` in the ``scores`` hook while the sum is being made.
         carried: What the method's own ``carry`` hook returned at this layer.
         mlp_input: In the ``mlp`` hook, what the MLP was given, ``[batch, rows, hidden]``.
         image_features: ``[batch, image_tokens, hidden]``, the embeddings of the image tokens as

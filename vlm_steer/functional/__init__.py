@@ -91,7 +91,9 @@ from vlm_steer.functional.sinks import (
 from vlm_steer.functional.tokens import (
     InformedTokens,
     blind_tokens,
+    focus_scores,
     least_attended_tokens,
+    low_focus,
     paint_tokens,
 )
 from vlm_steer.functional.vectors import (
@@ -124,6 +126,7 @@ __all__ = [
     "diffusion_noise",
     "dola_logits",
     "early_logit_mix",
+    "focus_scores",
     "gift_fuse",
     "gift_saliency",
     "grouped_attention",
@@ -135,6 +138,7 @@ __all__ = [
     "laplacian_eigenvalues",
     "least_attended_tokens",
     "lookback_ratio",
+    "low_focus",
     "m3id_logits",
     "memvr_retrace",
     "merge_groups",

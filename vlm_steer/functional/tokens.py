@@ -1,4 +1,4 @@
-"""Choosing image tokens by the attention they receive (PAINT, AvisC, SID)."""
+"""Choosing image tokens by the attention they receive (PAINT, AvisC, SID, CMAI)."""
 
 from typing import NamedTuple
 
@@ -100,3 +100,38 @@ def least_attended_tokens(
     rank = attention.argsort(dim=-1, stable=True).argsort(dim=-1)
     limit = count[:, None] if isinstance(count, Tensor) else count
     return (rank < limit) & visual
+
+
+def focus_scores(text_to_text: Tensor, text_to_image: Tensor) -> Tensor:
+    """Returns how much each text token looks at the image through the text it reads (CMAI).
+
+    `F_ij = sum_k A_ik * A_kj` with k over text tokens and j over image tokens (arXiv 2411.15453).
+
+    Args:
+        text_to_text: post-softmax attention of text rows to text tokens, `[..., query, text]`
+            float.
+        text_to_image: that of the text tokens to image columns, `[..., text, key]` float.
+
+    Returns:
+        fp32 `[..., query, key]`, >= 0.
+    """
+    return upcast(text_to_text) @ upcast(text_to_image)
+
+
+def low_focus(focus: Tensor, seen: Tensor, *, share: float) -> Tensor:
+    """Marks, row by row, the share of the columns with the lowest focus (CMAI).
+
+    Args:
+        focus: `[..., key]` float, see `focus_scores`.
+        seen: bool `[..., key]`, image columns that the row sees; the others are never marked.
+        share: in [0, 1]; `int(share * seen)` columns of a row are marked, of equals the first.
+
+    Returns:
+        bool `[..., key]`.
+    """
+    order = upcast(focus).masked_fill(~seen, torch.inf).argsort(dim=-1, stable=True)
+    rank = torch.zeros_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
+    count = (share * seen.sum(-1, keepdim=True)).floor()
+    return seen & (rank < count)

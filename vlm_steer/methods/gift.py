@@ -142,7 +142,7 @@ class GIFT(Method):
 class _Gaze(Method):
     """How much the attention to each column rises from one question row to the next, summed."""
 
-    rows: ClassVar[Rows] = "all"
+    rows: ClassVar[Rows] = "after_image"
     observer: ClassVar[bool] = True
 
     of: GIFT
