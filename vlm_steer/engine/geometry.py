@@ -1,0 +1,352 @@
+"""Where each image token lies in the picture that a user gave, in the picture's own pixels.
+
+Processors stretch, crop, pad, tile and cut into patches, and families differ in which of it they
+do. Nothing of that is assumed: the processor prepares a black and a white picture and two ramps,
+all of the user's size, and what comes out says of every value which point of the picture it shows,
+and whether it shows the picture at all.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlm_steer.engine.grid import Geometry, grid_of, grids_among
+from vlm_steer.engine.hooks import Columns
+from vlm_steer.engine.inputs import pixel_names
+from vlm_steer.engine.layout import is_image_token
+from vlm_steer.engine.model import ModelInfo
+from vlm_steer.errors import UnsupportedModelError
+
+__all__ = ["Places", "Prepare", "place_tokens"]
+
+Prepare = Callable[[Image.Image], Mapping[str, Any]]
+"""From a picture to what the model is given for a prompt about it, ``input_ids`` included."""
+
+_BRIGHTEST = 255
+_STRAY = 0.35
+"""Largest distance of a patch from its place in an even grid, in patches."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Places:
+    """The places of the image tokens of one picture.
+
+    Attributes:
+        boxes: ``[tokens, 4]`` float64: left, top, right and bottom edge in pixels of the picture,
+            cut at its borders; NaN for tokens that show none of it, such as padding and newlines.
+        size: Width and height of the picture.
+    """
+
+    boxes: Tensor
+    size: tuple[int, int]
+
+    @property
+    def has_place(self) -> Tensor:
+        """``[tokens]`` bool."""
+        return ~self.boxes.isnan().any(dim=1)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Lay one value per token over the picture, evenly over each token's box.
+
+        Where boxes overlap, as those of tiles and of the whole picture do, they add up; the sum
+        over the picture is that of the values of all tokens with a place.
+
+        Args:
+            values: ``[tokens]``, such as attention.
+
+        Returns:
+            ``[height, width]`` float32, values per pixel.
+        """
+        kept = self.has_place.to(values.device)
+        boxes = self.boxes.to(values.device)[kept]
+        width, height = self.size
+        columns = _coverage(boxes[:, 0], boxes[:, 2], width)
+        rows = _coverage(boxes[:, 1], boxes[:, 3], height)
+        area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        return rows.T @ (columns * (values[kept].double() / area).float()[:, None])
+
+
+def _coverage(start: Tensor, end: Tensor, length: int) -> Tensor:
+    """``[boxes, length]`` float32: how much of each pixel lies between the edges of each box."""
+    edge = torch.arange(length, device=start.device, dtype=start.dtype)
+    return (
+        (torch.minimum(end[:, None], edge + 1) - torch.maximum(start[:, None], edge))
+        .clamp(min=0)
+        .float()
+    )
+
+
+def place_tokens(info: ModelInfo, prepare: Prepare, size: tuple[int, int]) -> Places:
+    """Find the places of the image tokens of a picture.
+
+    Args:
+        info: The model.
+        prepare: The model's processor, with the prompt that goes with the picture.
+        size: Width and height of the picture in pixels.
+
+    Raises:
+        UnsupportedModelError: The image tokens have no places, or these cannot be told.
+    """
+    if info.has_cross_attention:
+        raise _placeless("the image is seen through cross-attention and has no tokens")
+    view = _View.of(prepare, size)
+    count = int(is_image_token(view.inputs["input_ids"], info.image_token_ids).sum())
+    if hasattr(info.model.config, "image_grid_pinpoints"):
+        boxes = _packed_boxes(info.model, view)
+    else:
+        boxes = _grid_boxes(info.geometry, view, count)
+    if len(boxes) != count:
+        raise _placeless(f"{len(boxes)} places were found for {count} image tokens")
+    places = Places(_cut(boxes, size), size)
+    if not bool(places.has_place.any()):
+        raise _placeless("no image token shows any of the picture")
+    return places
+
+
+class _View(NamedTuple):
+    """What the values of a pixel tensor show.
+
+    Attributes:
+        x: Abscissa in pixels of the picture, of the shape of the tensor.
+        y: Ordinate.
+        is_inside: Which values show the picture, and not padding.
+        inputs: What the processor returned for one of the test pictures.
+        size: Of the picture, width and height.
+    """
+
+    x: Tensor
+    y: Tensor
+    is_inside: Tensor
+    inputs: Mapping[str, Any]
+    size: tuple[int, int]
+
+    @classmethod
+    def of(cls, prepare: Prepare, size: tuple[int, int]) -> "_View":
+        width, height = size
+        ramp_x = np.broadcast_to((np.arange(width) + 0.5) / width, (height, width))
+        ramp_y = np.broadcast_to(((np.arange(height) + 0.5) / height)[:, None], (height, width))
+        shades = (np.zeros((height, width)), np.ones((height, width)), ramp_x, ramp_y)
+        prepared = [prepare(_grey(shade)) for shade in shades]
+        inputs = prepared[0]
+        names = pixel_names(inputs)
+        name = "pixel_values" if "pixel_values" in names else next(iter(names), None)
+        if name is None or not all(isinstance(given[name], Tensor) for given in prepared):
+            raise _placeless("its processor returns no tensor of pixels")
+        low, high, x, y = (given[name].double().cpu() for given in prepared)
+        span = high - low
+        is_inside = span.abs() > 0.25 * span.abs().max()
+        span = span.where(is_inside, torch.ones_like(span))
+        return cls((x - low) / span * width, (y - low) / span * height, is_inside, inputs, size)
+
+
+def _grey(shade: Any) -> Image.Image:
+    return Image.fromarray((shade * _BRIGHTEST).round().astype(np.uint8)).convert("RGB")
+
+
+def _grid_boxes(geometry: Geometry, view: _View, count: int) -> Tensor:
+    """``[count, 4]`` boxes of tokens that fill grids line by line."""
+    if geometry.unknown:
+        # Where the model tells nothing, the size of what the processor returned may.
+        shapes = None if geometry.is_run else _square_cells(view, count)
+        if shapes is None:
+            raise _placeless(geometry.unknown)
+    else:
+        kinds = torch.full((1, count), Columns.IMAGE)
+        shapes = grid_of(geometry, kinds, grids_among(view.inputs), 1).shapes[0]
+    tiles = _tiles(view)
+    if tiles is not None and len(tiles.x) == len(shapes):
+        return torch.cat([_tile_boxes(tiles, i, shape) for i, shape in enumerate(shapes)])
+    return _patch_boxes(view, shapes)
+
+
+def _square_cells(view: _View, count: int) -> Sequence[tuple[int, int]] | None:
+    """The one grid of square cells that a single tile can be cut into."""
+    tiles = _tiles(view)
+    if tiles is None or len(tiles.x) != 1:
+        return None
+    height, width = tiles.x.shape[-2:]
+    rows = round(math.sqrt(count * height / width))
+    columns = count // max(rows, 1)
+    is_grid = rows * columns == count and height * columns == width * rows
+    return [(rows, columns)] if is_grid else None
+
+
+def _tiles(view: _View) -> _View | None:
+    """The view as ``[tiles, 3, height, width]``, or ``None`` when it is no stack of pictures."""
+    shape = view.x.shape
+    if len(shape) == 5 and shape[0] == 1:
+        shape = shape[1:]
+    if len(shape) != 4 or shape[1] != 3:
+        return None
+    return view._replace(
+        x=view.x.reshape(shape), y=view.y.reshape(shape), is_inside=view.is_inside.reshape(shape)
+    )
+
+
+class _Line(NamedTuple):
+    """``place = start + step * index``; NaN where nothing is shown."""
+
+    start: float
+    step: float
+
+    def edges(self, cells: int, cell: float = 1.0) -> Tensor:
+        """``[cells + 1]`` places of the edges of cells."""
+        index = torch.arange(cells + 1, dtype=torch.float64) * cell
+        return self.start + self.step * index
+
+
+def _line(index: Tensor, place: Tensor) -> _Line:
+    """The least-squares line through points."""
+    if len(index) < 2:
+        return _Line(math.nan, math.nan)
+    centred = index - index.mean()
+    step = float((centred * place).sum() / centred.square().sum())
+    return _Line(float(place.mean()) - step * float(index.mean()), step)
+
+
+def _tile_boxes(tiles: _View, number: int, shape: tuple[int, int]) -> Tensor:
+    """``[height * width, 4]`` boxes of the cells of one tile."""
+    inside = tiles.is_inside[number]
+    width, height = tiles.size
+    across = _axis(tiles.x[number], inside, (0, 1), width)
+    down = _axis(tiles.y[number], inside, (0, 2), height)
+    pixel_rows, pixel_columns = inside.shape[-2:]
+    rows, columns = shape
+    return _boxes(
+        across.edges(columns, pixel_columns / columns), down.edges(rows, pixel_rows / rows)
+    )
+
+
+def _axis(place: Tensor, inside: Tensor, others: tuple[int, int], length: int) -> _Line:
+    """Places along one axis of a tile, by the index of pixel edges."""
+    n_inside = inside.sum(dim=others)
+    mean = (place * inside).sum(dim=others) / n_inside
+    centres = torch.arange(len(mean), dtype=torch.float64) + 0.5
+    # Beyond the centres of the outermost pixels, an enlarged ramp is flat.
+    is_sloped = (mean > 0.55) & (mean < length - 0.55) & (n_inside > 0)
+    return _line(centres[is_sloped], mean[is_sloped])
+
+
+def _boxes(x: Tensor, y: Tensor) -> Tensor:
+    """Boxes between edges, line by line."""
+    left, right = x[:-1], x[1:]
+    rows, columns = len(y) - 1, len(x) - 1
+    return torch.stack(
+        [
+            left.expand(rows, columns),
+            y[:-1, None].expand(rows, columns),
+            right.expand(rows, columns),
+            y[1:, None].expand(rows, columns),
+        ],
+        dim=-1,
+    ).reshape(-1, 4)
+
+
+def _patch_boxes(view: _View, shapes: Sequence[tuple[int, int]]) -> Tensor:
+    """Boxes of tokens that stand for patches, or for squares of patches, of one grid."""
+    if len(shapes) != 1:
+        raise _placeless(f"its {len(shapes)} grids of patches are not told apart")
+    ((rows, columns),) = shapes
+    values = view.x.shape[1:] if view.x.ndim != 3 else view.x.shape[2:]
+    flat = (-1, math.prod(values))
+    inside = view.is_inside.reshape(flat)
+    inside = inside[inside.any(dim=1)]
+    x, y = (part.reshape(flat)[: len(inside)].mean(dim=1) for part in (view.x, view.y))
+    merge = math.isqrt(len(x) // (rows * columns))
+    if merge**2 * rows * columns != len(x):
+        raise _placeless(f"{len(x)} patches do not fill a grid of {rows} x {columns} tokens")
+    for order in (_merged, _line_by_line):
+        across, down = (order(part, rows, columns, merge) for part in (x, y))
+        found = _even_grid(across, down, merge, view.size)
+        if found is not None:
+            return found
+    raise _placeless("its patches do not follow each other line by line")
+
+
+def _merged(places: Tensor, rows: int, columns: int, merge: int) -> Tensor:
+    """``[rows * merge, columns * merge]`` from patches that come square by square."""
+    squares = places.reshape(rows, columns, merge, merge)
+    return squares.transpose(1, 2).reshape(rows * merge, columns * merge)
+
+
+def _line_by_line(places: Tensor, rows: int, columns: int, merge: int) -> Tensor:
+    """The same from patches that come line by line."""
+    return places.reshape(rows * merge, columns * merge)
+
+
+def _even_grid(x: Tensor, y: Tensor, merge: int, size: tuple[int, int]) -> Tensor | None:
+    """Boxes of squares of ``merge`` patches, if the patches lie in an even grid."""
+    rows, columns = x.shape
+    across, down = _steps(x.T, size[0]), _steps(y, size[1])
+    for line, places in ((across, x.T), (down, y)):
+        even = line.start + line.step * (torch.arange(len(places)) + 0.5)
+        if float((places - even[:, None]).abs().max()) > _STRAY * abs(line.step):
+            return None
+    return _boxes(across.edges(columns // merge, merge), down.edges(rows // merge, merge))
+
+
+def _steps(places: Tensor, length: int) -> _Line:
+    """Places along the first axis, by the index of patch edges; a single patch shows all."""
+    if len(places) == 1:
+        return _Line(0.0, float(length))
+    centres = torch.arange(len(places), dtype=torch.float64) + 0.5
+    return _line(centres, places.mean(dim=1))
+
+
+def _packed_boxes(model: Any, view: _View) -> Tensor:
+    """Boxes of tokens that the model itself arranges from tiles, with newlines among them."""
+    tiles = _tiles(view)
+    side = int(_vision(model, "image_size")) // int(_vision(model, "patch_size"))
+    if tiles is None or not isinstance(view.inputs.get("image_sizes"), Tensor):
+        raise _placeless("its processor does not say how it tiles pictures")
+    boxes = torch.stack([_tile_boxes(tiles, i, (side, side)) for i in range(len(tiles.x))])
+    pack = [m for m in model.modules() if hasattr(m, "pack_image_features")][-1].pack_image_features
+    options = {
+        "image_features": [boxes],
+        "image_sizes": view.inputs["image_sizes"],
+        "vision_feature_select_strategy": "full",
+        "image_newline": torch.full((4,), math.nan, dtype=boxes.dtype),
+        "vision_aspect_ratio": getattr(model.config, "vision_aspect_ratio", None),
+    }
+    known = inspect.signature(pack).parameters
+    packed, _ = pack(**{name: value for name, value in options.items() if name in known})
+    base, grid = packed[0][: side * side], packed[0][side * side :]
+    return torch.cat([base, _widened(grid)])
+
+
+def _vision(model: Any, name: str) -> Any:
+    return getattr(model.config.vision_config, name)
+
+
+def _widened(boxes: Tensor) -> Tensor:
+    """Boxes that touch again after the model has averaged neighbours into fewer tokens."""
+    x = (boxes[:, 0] + boxes[:, 2]) / 2
+    pitch = x.diff()
+    pitch = pitch[pitch > 0]  # within a line; not across newlines, which are NaN
+    if len(pitch) == 0:
+        return boxes
+    width = (boxes[:, 2] - boxes[:, 0]).nanmedian()
+    grown = (pitch.median() / width - 1).clamp(min=0) / 2
+    sizes = (boxes[:, 2:] - boxes[:, :2]) * grown
+    return torch.cat([boxes[:, :2] - sizes, boxes[:, 2:] + sizes], dim=1)
+
+
+def _cut(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes cut at the borders of the picture; NaN where nothing is left."""
+    limit = torch.tensor([*size, *size], dtype=boxes.dtype)
+    cut = torch.minimum(boxes.clamp(min=0), limit)
+    is_left = (cut[:, 2:] - cut[:, :2] > 1e-6).all(dim=1)
+    return cut.where(is_left[:, None], torch.full_like(cut, math.nan))
+
+
+def _placeless(reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"the image tokens of this model cannot be placed in the picture: {reason}."
+    )
