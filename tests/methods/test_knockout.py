@@ -7,7 +7,7 @@ from torch import Tensor
 import vlm_steer
 from tests.families import zoo
 from tests.methods.views import GENERATED, IMAGE, INSTRUCTION, SYSTEM, view
-from vlm_steer.errors import ConfigError
+from vlm_steer.errors import ConfigError, UnsupportedModelError
 from vlm_steer.methods.knockout import Knockout
 
 KINDS = [SYSTEM, IMAGE, IMAGE, INSTRUCTION, INSTRUCTION, GENERATED, GENERATED]
@@ -56,6 +56,31 @@ def test_an_answer_cut_off_from_the_image_does_not_depend_on_it(name: str) -> No
         assert logits(batch).isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
+def test_image_tokens_are_cut_one_by_one_or_all_together(name: str) -> None:
+    family = zoo.load(name)
+    batch = family.batch([family.inputs(n_text=5), family.inputs(n_text=9, seed=1)])
+    count = int(family.expected_image_mask(batch)[0].sum())
+
+    def logits(**options: object) -> Tensor:
+        spec = {"method": "knockout", "queries": ["image", "instruction", "generated"], **options}
+        with vlm_steer.steer(family.model, spec):
+            output = family.model.generate(
+                **batch,
+                max_new_tokens=3,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        return torch.stack(output.logits)
+
+    whole = logits()
+    assert torch.equal(logits(image_tokens=list(range(count))), whole)
+    first, last = logits(image_tokens=[0]), logits(image_tokens=[count - 1])
+    assert not torch.equal(first, last)
+    assert not torch.equal(first, whole)
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_a_static_cache_and_a_dynamic_one_are_cut_alike(implementation: str) -> None:
     family = zoo.load("llava", attn_implementation=implementation)
@@ -83,3 +108,16 @@ def test_a_kind_named_twice_is_refused() -> None:
         Knockout(queries=("last", "last"))
     with pytest.raises(ConfigError, match="queries"):
         vlm_steer.config.resolve({"method": "knockout", "queries": ["lats"]})
+
+
+def test_numbers_of_image_tokens_need_image_keys_and_count_from_zero() -> None:
+    with pytest.raises(ConfigError, match="image_tokens has no effect"):
+        Knockout(keys=("generated",), image_tokens=(0,))
+    with pytest.raises(ConfigError, match=r"image_tokens \[-1\] are negative"):
+        Knockout(image_tokens=(-1, 2))
+
+
+def test_single_image_tokens_are_refused_where_the_decoder_has_none() -> None:
+    spec = {"method": "knockout", "queries": ["instruction"], "image_tokens": [0]}
+    with pytest.raises(UnsupportedModelError, match="keeps its image in the keys of cross"):
+        vlm_steer.attach(zoo.load("mllama").model, spec)

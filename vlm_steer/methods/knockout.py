@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from vlm_steer import functional as F
@@ -48,6 +49,9 @@ class Knockout(Method):
             token: the last of the prompt and all generated ones). Empty disables.
         keys: Kinds of tokens that they lose: ``system``, ``image``, ``instruction``,
             ``generated``. Empty disables.
+        image_tokens: Which of the image tokens they lose, counted from 0 over the prompt, all
+            images together; ``None`` for all of them. Numbers that a prompt does not have are
+            nothing there.
         layers: Decoder layers with the cut. Windows of about a fifth of the depth, moved over it,
             show where information flows.
         scope: Streams with the cut.
@@ -58,9 +62,9 @@ class Knockout(Method):
         ('image',)
 
     Raises:
-        ConfigError: A kind is named twice.
-        UnsupportedModelError: At attach, for image queries where images are no tokens of the
-            decoder.
+        ConfigError: A kind is named twice, or a number of an image token is negative.
+        UnsupportedModelError: At attach, for image queries or ``image_tokens`` where images are no
+            tokens of the decoder.
     """
 
     paper: ClassVar[str] = "arXiv:2304.14767"
@@ -69,32 +73,59 @@ class Knockout(Method):
 
     queries: tuple[Query, ...] = ("instruction", "generated")
     keys: tuple[Key, ...] = ("image",)
+    image_tokens: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("queries", "keys"):
             kinds = getattr(self, name)
             self.require(len(set(kinds)) == len(kinds), f"{name} {list(kinds)} names a kind twice")
+        negative = [number for number in self.image_tokens or () if number < 0]
+        self.require(not negative, f"image_tokens {negative} are negative; they count from 0")
 
     def is_neutral(self) -> bool:
         return not self.queries or not self.keys
 
     def ignored_options(self) -> dict[str, str]:
         if not self.queries:
-            return {"keys": "queries is empty, so no token loses its view"}
-        return {} if self.keys else {"queries": "keys is empty, so nothing is cut off"}
+            reason = "queries is empty, so no token loses its view"
+            return {"keys": reason, "image_tokens": reason}
+        if not self.keys:
+            reason = "keys is empty, so nothing is cut off"
+            return {"queries": reason, "image_tokens": reason}
+        if "image" not in self.keys:
+            return {"image_tokens": "keys has no image"}
+        return {}
 
     def check(self, model: "ModelInfo") -> None:
-        if "image" in self.queries and model.has_cross_attention:
+        if not model.has_cross_attention:
+            return
+        why = (
+            f"needs image tokens in the decoder, but {model.family} keeps its image in the keys of "
+            "cross-attention layers"
+        )
+        if "image" in self.queries:
             raise UnsupportedModelError(
-                f"knockout with image among its queries needs image tokens in the decoder, but "
-                f"{model.family} keeps its image in the keys of cross-attention layers, which see "
-                "nothing themselves. Remove image from queries."
+                f"knockout with image among its queries {why}, which see nothing themselves. "
+                "Remove image from queries."
+            )
+        if self.image_tokens is not None:
+            raise UnsupportedModelError(
+                f"knockout of some image tokens {why}. Remove image_tokens, which cuts off all."
             )
 
     def mask(self, allowed: Tensor, at: At) -> Tensor:
         rows = _are_any(Columns(at.row_kinds), self.queries)
-        return F.knockout_mask(allowed, rows, _are_any(at.columns, self.keys), own=at.is_own())
+        columns = _are_any(at.columns, self.keys)
+        if self.image_tokens is not None and "image" in self.keys:
+            columns &= ~at.columns.is_image | at.on_keys(self._chosen(at.prompt.is_image))
+        return F.knockout_mask(allowed, rows, columns, own=at.is_own())
+
+    def _chosen(self, is_image: Tensor) -> Tensor:
+        """``[batch, prompt]`` bool: the image tokens with the numbers given."""
+        numbers = is_image.long().cumsum(dim=1) - 1
+        given = torch.tensor(self.image_tokens, dtype=torch.long, device=numbers.device)
+        return is_image & torch.isin(numbers, given)
 
 
 def _are_any(tokens: Columns, kinds: tuple[Query, ...]) -> Tensor:
