@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from vlm_steer.functional import (
     blind_tokens,
+    column_entropy,
     laplacian_eigenvalues,
     least_attended_tokens,
     lookback_ratio,
@@ -162,6 +163,15 @@ def test_the_lookback_ratio_is_a_ratio_of_means(seed: int) -> None:
     torch.testing.assert_close(ratio + lookback_ratio(row, new, context), torch.ones_like(ratio))
     even = lookback_ratio(torch.full_like(row, 0.1), context, new)
     torch.testing.assert_close(even, torch.full_like(even, 0.5))
+
+
+def test_the_entropy_over_columns_is_that_of_their_shares() -> None:
+    row = torch.tensor([[0.1, 0.1, 0.5, 0.3], [0.0, 0.0, 1.0, 0.0]])
+    some = torch.tensor([True, True, False, False])
+    expected = torch.tensor([2.0, 1.0]).log()
+    torch.testing.assert_close(column_entropy(row, some), expected)
+    full = torch.distributions.Categorical(probs=row).entropy()
+    torch.testing.assert_close(column_entropy(row, torch.ones_like(some)), full)
 
 
 def test_the_lookback_ratio_of_empty_sets_is_defined() -> None:

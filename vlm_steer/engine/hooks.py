@@ -126,6 +126,9 @@ class Method(metaclass=_Strict):
         chooses_once: The ``choose`` hook sees the prompt's last row only, not those of generated
             tokens.
         observer: The method only reads, so it is never reported as having had no effect.
+        observes_rows: The ``observe`` hook sees every row of ``rows`` instead of the last one of a
+            pass: ``[batch, heads, rows, key]`` in blocks of rows, for records
+            ``[batch, rows, ...]``.
     """
 
     name: ClassVar[str] = ""
@@ -134,6 +137,7 @@ class Method(metaclass=_Strict):
     own: ClassVar[Mapping[str, str]] = {}
     chooses_once: ClassVar[bool] = False
     observer: ClassVar[bool] = False
+    observes_rows: ClassVar[bool] = False
     attends: ClassVar[Attends] = "self"
     needs_image_tokens: ClassVar[bool] = False
     needs_readout: ClassVar[bool] = False
@@ -310,7 +314,10 @@ class Method(metaclass=_Strict):
         raise NotImplementedError
 
     def observe(self, weights: Tensor, at: At) -> Tensor:
-        """``[batch, heads, key]`` weights of the row that predicts the next token -> a record."""
+        """``[batch, heads, key]`` weights of the row that predicts the next token -> a record.
+
+        See ``observes_rows`` for several rows.
+        """
         raise NotImplementedError
 
     # -- conveniences -----------------------------------------------------------------------

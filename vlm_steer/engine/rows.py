@@ -70,7 +70,9 @@ class Rows:
 
     def recomputed(self) -> Tensor:
         """``[batch, rows, heads, value_dim]`` of a pass in which every row is steered."""
-        weights = self._weights(0, self.query.shape[2])
+        rows = (0, self.query.shape[2])
+        weights = self._weights(*rows)
+        self._observe_rows(weights, rows)
         self._observe(weights[:, :, -1])
         return self._outputs(weights)
 
@@ -78,10 +80,12 @@ class Rows:
         """Write the steered rows into ``outputs`` ``[batch, rows, heads, value_dim]``."""
         length = self.query.shape[2]
         writers = self.acting.scores + self.acting.weights
-        first = self.forward.first_row(writers + self.acting.look)
+        watching = tuple((b, s) for b, s in self.acting.observe if b.method.observes_rows)
+        first = self.forward.first_row(writers + self.acting.look + watching)
         for start in range(first, length, _BLOCK):
             rows = (start, min(start + _BLOCK, length))
             weights = self._weights(*rows)
+            self._observe_rows(weights, rows)
             if writers:
                 is_changed = self._is_changed(rows)[:, :, None, None]
                 old = outputs[:, slice(*rows)]
@@ -297,9 +301,24 @@ class Rows:
             chosen = bound.method.choose(weights[stream.batch], at)
             self.forward.keep_chosen(bound, stream, self.layer, chosen)
         for bound, stream in self.acting.observe:
+            if bound.method.observes_rows:
+                continue
             at = self._at(bound, stream, (length - 1, length))
             seen = bound.method.observe(weights[stream.batch], at)
             self.forward.observed.setdefault(bound.method.name, {})[self.layer] = seen
+
+    def _observe_rows(self, weights: Tensor, rows: tuple[int, int]) -> None:
+        """Hand ``[batch, heads, rows, key]`` of a block of rows to who watches all of them."""
+        for bound, stream in self.acting.observe:
+            start = max(rows[0], self.forward.first_row([(bound, stream)]))
+            if not bound.method.observes_rows or start >= rows[1]:
+                continue
+            at = self._at(bound, stream, (start, rows[1]))
+            block = weights[stream.batch, :, start - rows[0] :]
+            seen = bound.method.observe(block, at)
+            known = self.forward.observed.setdefault(bound.method.name, {})
+            before = known.get(self.layer)
+            known[self.layer] = seen if before is None else torch.cat([before, seen], dim=1)
 
 
 def put(tensor: Tensor, batch: slice, part: Tensor) -> Tensor:

@@ -153,6 +153,17 @@ class Steering:
             return {name: _stacked(seen, rows) for name, seen in call.records.items()}
         return {name: _follow_beams(seen, beams) for name, seen in call.records.items()}
 
+    def marks(self, output: Any = None) -> dict[tuple[int, int], Tensor]:
+        """Columns that the ``marks`` hooks marked, ``[batch, prompt]`` bool.
+
+        Args:
+            output: What ``generate`` returned; the last generation when omitted.
+
+        Returns:
+            By place in the list of methods that act, and by layer.
+        """
+        return dict(self._call_of(output).positive.marks)
+
     def prefill(self, **inputs: Any) -> Any:
         """Run prompts up to and including their last image token, for ``generate`` to continue.
 

@@ -53,6 +53,7 @@ from vlm_steer.functional.noise import (
     diffusion_noise,
 )
 from vlm_steer.functional.probes import (
+    column_entropy,
     laplacian_eigenvalues,
     lookback_ratio,
     summed_visual_attention_ratio,
@@ -116,6 +117,7 @@ __all__ = [
     "attention_sinks",
     "blind_tokens",
     "boost_scores",
+    "column_entropy",
     "concentric_mask",
     "concentric_positions",
     "concentric_rings",

@@ -1,5 +1,6 @@
 """What attention says about the token being written (Lookback Lens, SVAR, LapEigvals)."""
 
+import torch
 from torch import Tensor
 
 from vlm_steer.functional._numeric import masked_mean, masked_sum, safe_divide, upcast
@@ -26,6 +27,24 @@ def lookback_ratio(weights: Tensor, context: Tensor, new: Tensor) -> Tensor:
     on_context = masked_mean(a, context[:, None, :])
     on_new = masked_mean(a, new[:, None, :])
     return safe_divide(on_context, on_context + on_new, otherwise=0.0)
+
+
+def column_entropy(weights: Tensor, columns: Tensor) -> Tensor:
+    """Returns how evenly each row spreads what it gives to some columns, in nats.
+
+    Entropy of the weights on these columns, made to sum to 1; 0 without any mass on them.
+
+    Args:
+        weights: post-softmax rows, `[..., key]` float.
+        columns: bool, broadcastable to `weights`.
+
+    Returns:
+        fp32 `[...]`, between 0 and the logarithm of the number of columns.
+    """
+    mass = upcast(weights).masked_fill(~columns, 0)
+    total = mass.sum(-1, keepdim=True)
+    share = safe_divide(mass, total, otherwise=0.0)
+    return torch.special.entr(share).sum(-1)
 
 
 def summed_visual_attention_ratio(
