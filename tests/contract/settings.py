@@ -113,6 +113,14 @@ ACTIVE = {
     "avisc": {"method": "avisc", "alpha": 1.0},
     "sid": {"method": "sid", "keep": 0.3},
     "rbd": {"method": "rbd", "keep": 0.3},
+    # The tiny models have no processor, which would tell what black is.
+    "agla": {"method": "agla", "alpha": 1.0, "keep": 0.5, "blank": "mean"},
+    "agla+vcd": {
+        "methods": [
+            {"method": "agla", "alpha": 0.5, "keep": 0.5, "blank": "mean"},
+            {"method": "vcd", "alpha": 0.5, "noise_step": 400},
+        ]
+    },
     "pai+vcd": {"methods": [{"method": "pai", "gamma": 1.0}, {"method": "vcd"}]},
     "var+vhr": {
         "methods": [
@@ -156,6 +164,7 @@ NEUTRAL = {
     "avisc": {"method": "avisc", "alpha": 0.0, "beta": 0.0},
     "sid": {"method": "sid", "alpha": 0.0, "beta": 0.0},
     "rbd": {"method": "rbd", "alpha": 0.0, "gamma": 0.0, "beta": 0.0},
+    "agla": {"method": "agla", "alpha": 0.0, "beta": 0.0},
     "only": {"method": "only", "alpha": 0.0, "help": 0.0, "beta": 0.0},
 }
 """Parameters at which a method is the unsteered model. ``mma`` has none: it has no strength."""
@@ -198,7 +207,11 @@ NO_GRID = {
     "mistral3": "no fixed grid",
     "instructblip": "learned queries",
 }
-REFUSALS |= {(f, s): reason for f, reason in NO_GRID.items() for s in ("cca", "cca_mask")}
+REFUSALS |= {
+    (family, setting): reason
+    for family, reason in NO_GRID.items()
+    for setting in ("cca", "cca_mask", "agla", "agla+vcd")
+}
 REFUSALS |= {(f, "pine"): "window" for f in ("gemma3", "aya_vision")}
 REFUSALS |= {("paligemma", "pine"): "both directions"}
 REFUSALS |= {(f, "pine"): "several axes" for f in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")}

@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from vlm_steer.engine.active import ACTIVE
 from vlm_steer.engine.call import Call, Forward, Stream
+from vlm_steer.engine.grid import grid_of
 from vlm_steer.engine.hooks import Branch, Columns, Insertion
 from vlm_steer.engine.inputs import (
     add_rows,
@@ -36,6 +37,7 @@ from vlm_steer.engine.inputs import (
 )
 from vlm_steer.engine.layout import Layout
 from vlm_steer.engine.model import kept_module_state
+from vlm_steer.engine.pictures import blanked, check_places, of_tokens, shapes_of
 from vlm_steer.engine.plan import Bound
 from vlm_steer.engine.prompts import edit_of, with_image_instruction, with_insertion
 from vlm_steer.errors import UnsupportedModelError
@@ -96,7 +98,7 @@ class Source:
         past: int,
     ) -> dict[str, Any]:
         """The same for the user's prompt with other pixels."""
-        given = kwargs if self.raw is None else self.raw
+        given = self.given(kwargs)
         names = pixel_names(given)
         if not names:
             raise UnsupportedModelError(
@@ -105,6 +107,16 @@ class Source:
                 "Pass pixel_values, for a continued conversation those of all its images."
             )
         changed = {name: _changed(given[name], given, change) for name in names}
+        return self.with_inputs(kwargs, changed, past)
+
+    def given(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What the user passed."""
+        return kwargs if self.raw is None else self.raw
+
+    def with_inputs(
+        self, kwargs: Mapping[str, Any], changed: Mapping[str, Any], past: int
+    ) -> dict[str, Any]:
+        """Arguments of one forward over the whole prompt with some of the inputs replaced."""
         if self.raw is None:
             return {**self.whole_prompt(kwargs, past), **changed}
         return self._capture(changed)
@@ -271,6 +283,9 @@ class Branches:
             kinds = kinds.gather(1, order) * prompt["attention_mask"].to(kinds.dtype)
         elif branch.pixels is not None:
             prompt = self.source.with_pixels(kwargs, branch.pixels, past)
+        elif branch.shows is not None:
+            shown = branch.shows(self.call.positive.prepared[bound.index])
+            prompt = self._with_blanks(branch, shown, kwargs, past)
         elif branch.insert is not None:
             prompt, kinds = self._with_text(branch.insert, kwargs, past)
         else:
@@ -288,6 +303,18 @@ class Branches:
             has_padding=not bool(mask.all()),
             delta=_position_delta(kwargs, prompt),
         )
+
+    def _with_blanks(
+        self, branch: Branch, shown: Tensor, kwargs: Mapping[str, Any], past: int
+    ) -> dict[str, Any]:
+        """The user's prompt with the pixels of some image tokens blanked."""
+        call, model = self.call, self.call.plan.model
+        kinds, given = call.positive.layout.prompt, self.source.given(kwargs)
+        shapes = shapes_of(grid_of(model.geometry, kinds, call.grids, call.copies), call.copies)
+        model.remember("places of pixels", lambda: check_places(model.model, given, shapes))
+        is_blank = of_tokens(~shown.to(kinds.device), kinds, call.copies)
+        changed = blanked(given, is_blank, shapes, branch.blank)
+        return self.source.with_inputs(kwargs, changed, past)
 
     def _with_text(
         self, insertion: Insertion, kwargs: Mapping[str, Any], past: int

@@ -119,6 +119,8 @@ class Method(metaclass=_Strict):
             cannot be verified is refused. Tapping layers implies it.
         needs_image_features: The method reads ``At.image_features``.
         needs_grid: The method needs to know where image tokens lie in their image.
+        needs_processor: The method asks for pictures or questions, for which the model's processor
+            has to be given when it is attached.
         needs_rotation: The method calls ``At.unplaced`` or ``At.placed``; a model whose rotary
             embedding cannot be verified is refused.
         own: Hooks that act on a branch of the method's own and nowhere else, whatever ``scope``
@@ -143,6 +145,7 @@ class Method(metaclass=_Strict):
     needs_readout: ClassVar[bool] = False
     needs_grid: ClassVar[bool] = False
     needs_image_features: ClassVar[bool] = False
+    needs_processor: ClassVar[bool] = False
     needs_rotation: ClassVar[bool] = False
 
     layers: Selector = "all"

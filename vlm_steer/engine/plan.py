@@ -7,6 +7,7 @@ from typing import Any, Literal
 from vlm_steer.engine.active import AttentionSite
 from vlm_steer.engine.hooks import Branch, Method, ToLogits, no_logits
 from vlm_steer.engine.model import KNOWN_SCORE_OPTIONS, ModelInfo
+from vlm_steer.engine.pictures import with_blank
 from vlm_steer.engine.prompts import with_ids
 from vlm_steer.engine.rotary import Rotation
 from vlm_steer.errors import CompositionError, ConfigError, UnsupportedModelError
@@ -90,6 +91,7 @@ class Plan:
         positions, embeds: Methods with that hook.
         marks, carry, hidden, mlp: Methods with that hook, by layer.
         taps: Layers whose output at the last row is kept for the ``logits`` hooks.
+        processor: The model's, where the user gave it.
     """
 
     model: ModelInfo
@@ -103,6 +105,7 @@ class Plan:
     hidden: dict[int, tuple[Bound, ...]]
     mlp: dict[int, tuple[Bound, ...]]
     taps: frozenset[int] = frozenset()
+    processor: Any = None
 
     def with_hook(self, hook: str) -> tuple[Bound, ...]:
         """Methods that override a hook, in order."""
@@ -170,6 +173,11 @@ def make_plan(methods: Sequence[Method], model: ModelInfo, processor: Any = None
             )
         seen[method.name] = method
         _check(method, model)
+        if method.needs_processor and processor is None:
+            raise ConfigError(
+                f"{method.name} reads the question and the pictures with the model's processor. "
+                "Pass processor=... to steer() or attach()."
+            )
         if not method.is_neutral():
             bounds.append(_bind(len(bounds), method, model, processor))
     work = {
@@ -189,6 +197,7 @@ def make_plan(methods: Sequence[Method], model: ModelInfo, processor: Any = None
         hidden=_by_layer("hidden", bounds),
         mlp=_by_layer("mlp", bounds),
         taps=_tapped_layers(bounds, model),
+        processor=processor,
     )
     return plan
 
@@ -241,12 +250,17 @@ def _bind(index: int, method: Method, model: ModelInfo, processor: Any) -> Bound
         method=method,
         layers=attended,
         constants=method.resolve(model),
-        branches=tuple(with_ids(b, method.name, model, processor) for b in method.branches()),
+        branches=tuple(_resolved(b, method.name, model, processor) for b in method.branches()),
         taps=taps,
         rotation=_rotation(method, model) if method.needs_rotation else None,
         to_logits=_readout(method, model) if taps or method.needs_readout else no_logits,
         notes=notes,
     )
+
+
+def _resolved(branch: Branch, method: str, model: ModelInfo, processor: Any) -> Branch:
+    """A branch with its text as token ids and black as numbers."""
+    return with_ids(with_blank(branch, method, model, processor), method, model, processor)
 
 
 def _attended(

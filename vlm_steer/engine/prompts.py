@@ -15,9 +15,16 @@ from torch import Tensor
 from vlm_steer.engine.hooks import Branch, Columns, Insertion
 from vlm_steer.engine.inputs import is_per_token
 from vlm_steer.engine.model import ModelInfo
-from vlm_steer.errors import ConfigError
+from vlm_steer.errors import ConfigError, UnsupportedModelError
 
-__all__ = ["Edit", "edit_of", "with_ids", "with_image_instruction", "with_insertion"]
+__all__ = [
+    "Edit",
+    "edit_of",
+    "questions_in",
+    "with_ids",
+    "with_image_instruction",
+    "with_insertion",
+]
 
 _MARKER = "\N{BLACK SQUARE}question\N{BLACK SQUARE}"
 
@@ -81,6 +88,36 @@ def _measured_tail(method: str, processor: Any) -> int:
     )
     behind = whole.rpartition(_MARKER)[2]
     return len(_encode(behind, method, _tokenizer(processor, to_vision=False))) if behind else 0
+
+
+# -- while generating -------------------------------------------------------------------------
+def questions_in(ids: Tensor | None, columns: Columns, processor: Any) -> tuple[str, ...]:
+    """The text behind the last image of every row, without what a chat template puts behind it.
+
+    Args:
+        ids: ``[batch, prompt]`` token ids.
+        columns: What the tokens of the prompt are.
+        processor: The model's.
+
+    Raises:
+        UnsupportedModelError: Only embeddings of the prompt are known.
+    """
+    if ids is None:
+        raise UnsupportedModelError(
+            "a method reads the question and needs its token ids. Pass input_ids."
+        )
+    has_template = getattr(processor, "chat_template", None) is not None
+    tail = _measured_tail("", processor) if has_template else 0
+    tokenizer = _tokenizer(processor, to_vision=False)
+    kinds, questions = columns.kinds.to(ids.device), []
+    for row, kind in zip(ids, kinds, strict=True):
+        is_image = (kind == Columns.IMAGE).nonzero().flatten()
+        start = int(is_image[-1]) + 1 if len(is_image) else 0
+        is_question = kind[start:] >= Columns.SYSTEM
+        question = row[start:][is_question].tolist()
+        question = question[: len(question) - tail]
+        questions.append(tokenizer.decode(question, skip_special_tokens=True).strip())
+    return tuple(questions)
 
 
 # -- where and what ---------------------------------------------------------------------------

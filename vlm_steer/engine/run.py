@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vlm_steer.engine.active import ACTIVE, Probe
 from vlm_steer.engine.branches import Backend, Branches, Source
 from vlm_steer.engine.call import Call, Forward, Stream, states_after
-from vlm_steer.engine.grid import grids_among
+from vlm_steer.engine.grid import grid_of, grids_among
 from vlm_steer.engine.hooks import Columns, LogitsAt, Method, Reference
 from vlm_steer.engine.inputs import (
     mask_of,
@@ -25,7 +25,9 @@ from vlm_steer.engine.inputs import (
 )
 from vlm_steer.engine.layout import Layout, is_image_token
 from vlm_steer.engine.model import kept_module_state
+from vlm_steer.engine.pictures import pictures_by_row
 from vlm_steer.engine.plan import Bound, Plan, make_plan
+from vlm_steer.engine.prompts import questions_in
 from vlm_steer.engine.vision import image_attention
 from vlm_steer.errors import UnsupportedModelError
 
@@ -254,9 +256,8 @@ class Run:
             return probe.outputs
 
         def seen_by_encoder(layers: tuple[int, ...]) -> tuple[Tensor, ...]:
-            given = kwargs if self.source.raw is None else self.source.raw
             with kept_module_state(self.source.model):
-                return image_attention(self.source.model, given, layers)
+                return image_attention(self.source.model, self.source.given(kwargs), layers)
 
         def hidden_states(with_image: bool) -> Tensor:
             # All layers, since one that is skipped leaves the state of the layer before it.
@@ -272,12 +273,25 @@ class Run:
             run(Forward(other, (stream,), 0, n_tokens(prompt)), prompt)
             return {layer: tally for (_, layer), tally in stream.tallies.items()}
 
+        grid = partial(grid_of, self.plan.model.geometry, columns.kinds, call.grids, call.copies)
+
+        def pictures() -> tuple[tuple[Tensor, ...], ...]:
+            given = self.source.given(kwargs)
+            return pictures_by_row(given, grid(), call.copies, self.plan.processor)
+
+        def questions() -> tuple[str, ...]:
+            ids = self.source.token_ids(kwargs, columns.kinds.shape)
+            return questions_in(ids, columns, self.plan.processor)
+
         reference = Reference(
             head_outputs_without_image=head_outputs_without_image,
             image_attention=seen_by_encoder,
             on_image_tokens=partial(_on_image_tokens, columns),
             hidden_states=hidden_states,
             tallies=tallies,
+            pictures=pictures,
+            questions=questions,
+            grid=grid,
             columns=columns,
             layers=layers,
             plan=bound.constants,

@@ -68,6 +68,11 @@ class Branch:
         pixels: ``pixels(tensor, sizes)`` maps the pixels of the user's images to the branch's;
             ``None`` keeps them. Dimension 0 of the tensor runs over images, or over the patches
             of all images, of which the i-th image has ``sizes[i]``.
+        shows: ``shows(prepared)``, of what ``Method.prepare`` returned, says which image tokens the
+            user's images still show, ``[batch, prompt]`` bool; the pixels that make the others are
+            blanked. For methods with ``needs_grid``.
+        blank: What blanked pixels hold, one number per channel as the model takes it; none for
+            black, which is read off the model's processor when the method is attached.
         insert: Text to add to the prompt.
         after_user: Never run the prompt in one batch with the user's, since it needs what the
             ``choose`` hook found there.
@@ -76,6 +81,8 @@ class Branch:
     name: str
     drop_image: bool = False
     pixels: Callable[[Tensor, tuple[int, ...] | None], Tensor] | None = None
+    shows: Callable[[Any], Tensor] | None = None
+    blank: tuple[float, ...] = ()
     insert: Insertion | None = None
     after_user: bool = False
 
@@ -337,6 +344,13 @@ class Reference:
             at the last prompt row after each of ``layers``.
         tallies: ``f(method)`` runs the prompt once under the ``tally`` hook of another method and
             every other intervention off, and returns ``{layer: [batch, ..., prompt]}``.
+        pictures: ``f()`` gives, per row of the batch, its images (or tiles) as the model sees
+            them, ``[channels, height, width]`` in [0, 1]. For methods with ``needs_grid`` and
+            ``needs_processor``.
+        questions: ``f()`` gives, per row, the text behind its last image. For methods with
+            ``needs_processor``.
+        grid: ``f()`` says where the image tokens of the prompt lie. For methods with
+            ``needs_grid``.
         columns: What the tokens of the prompt are, ``[batch, prompt]`` masks.
         layers: The layers this method acts on.
         plan: What ``Method.resolve`` returned for this model.
@@ -347,6 +361,9 @@ class Reference:
     on_image_tokens: Callable[[Tensor], Tensor]
     hidden_states: Callable[[bool], Tensor]
     tallies: "Callable[[Method], dict[int, Tensor]]"
+    pictures: Callable[[], tuple[tuple[Tensor, ...], ...]]
+    questions: Callable[[], tuple[str, ...]]
+    grid: Callable[[], Grid]
     columns: Columns
     layers: tuple[int, ...]
     plan: Any

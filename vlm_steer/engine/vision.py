@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from vlm_steer.engine.inputs import pixel_names
 from vlm_steer.errors import UnsupportedModelError
 
-__all__ = ["image_attention", "why_no_image_attention"]
+__all__ = ["encoded", "image_attention", "why_no_image_attention"]
 
 _BLOCK = 64
 # Other arguments of an image encoder say how its patches are rearranged (tiles, grids, queries).
@@ -71,18 +71,15 @@ def image_attention(
     Raises:
         UnsupportedModelError: Patches cannot be matched to image tokens.
     """
-    reason = why_no_image_attention(model)
-    encode = _encoder(model)
-    if reason is not None or encode is None:
+    if (reason := why_no_image_attention(model)) is not None:
         raise UnsupportedModelError(f"{type(model).__name__}: {reason}. Use another method.")
     if pixel_names(given) != ("pixel_values",):
         raise UnsupportedModelError(
             "a method looks at the image through the vision encoder and needs pixel_values, which "
             "were not passed. Pass them, for a continued conversation those of all its images."
         )
-    names = set(inspect.signature(encode).parameters) & set(given)
-    with torch.no_grad(), _Listener() as heard:
-        features = encode(**{name: given[name] for name in names})
+    with _Listener() as heard:
+        features = encoded(model, given)
     received = heard.received
     if not received or not all(-len(received) <= layer < len(received) for layer in layers):
         raise UnsupportedModelError(
@@ -90,8 +87,24 @@ def image_attention(
             "attention, too few for this method. Load the model with "
             "attn_implementation='sdpa' or 'eager'."
         )
-    tokens = _n_features(features) // received[0].shape[0]
+    tokens = features.shape[0] // received[0].shape[0]
     return tuple(_pooled(received[layer], tokens) for layer in layers)
+
+
+def encoded(model: Any, given: Mapping[str, Any]) -> Tensor:
+    """The image tokens of a prompt as its vision side makes them, ``[tokens, hidden]`` float32.
+
+    Args:
+        model: A vision-language model with ``get_image_features``.
+        given: What the user passed to it, pixels included.
+    """
+    encode = model.get_image_features
+    names = set(inspect.signature(encode).parameters) & set(given)
+    with torch.no_grad():
+        output = encode(**{name: given[name] for name in names})
+    features = getattr(output, "pooler_output", output)
+    parts = [features] if isinstance(features, Tensor) else features
+    return torch.cat([part.flatten(0, -2) for part in parts]).float()
 
 
 def _encoder(model: Any) -> Callable[..., Any] | None:
@@ -162,14 +175,6 @@ def _without_class_token(weights: Tensor) -> Tensor:
     n_keys = weights.shape[-1]
     has_class_token = math.isqrt(n_keys) ** 2 != n_keys
     return weights[..., 0, 1:] if has_class_token else weights.mean(dim=-2)
-
-
-def _n_features(features: Any) -> int:
-    """Number of image tokens that an image encoder returned, in any of its forms."""
-    features = getattr(features, "pooler_output", features)
-    if isinstance(features, Tensor):
-        features = [features]
-    return sum(math.prod(part.shape[:-1]) for part in features)
 
 
 def _pooled(received: Tensor, tokens: int) -> Tensor:

@@ -96,6 +96,7 @@ from vlm_steer.functional.tokens import (
     least_attended_tokens,
     low_focus,
     paint_tokens,
+    token_relevance,
 )
 from vlm_steer.functional.vectors import (
     steering_direction,
@@ -169,6 +170,7 @@ __all__ = [
     "steering_direction",
     "summed_visual_attention_ratio",
     "text_visual_entropy",
+    "token_relevance",
     "transfer_scales",
     "vdgd_logits",
     "vision_aware_heads",

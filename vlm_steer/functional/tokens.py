@@ -46,6 +46,22 @@ def paint_tokens(
     return InformedTokens(local=local & ~summary, summary=summary)
 
 
+def token_relevance(states: Tensor, gradient: Tensor) -> Tensor:
+    """How much each token speaks for a score (Grad-CAM without averaging over tokens).
+
+    `relu(sum_d gradient_d * state_d)`, the product of activation and gradient summed over the
+    features of a token, as AGLA (arXiv 2406.12718) takes it of attention maps.
+
+    Args:
+        states: activations, `[..., tokens, hidden]` float.
+        gradient: of the score, in the same shape.
+
+    Returns:
+        fp32 `[..., tokens]`, >= 0.
+    """
+    return (upcast(states) * upcast(gradient)).sum(-1).relu()
+
+
 def blind_tokens(weights: Tensor, visual: Tensor, *, gamma: float, lam: float) -> Tensor:
     """Marks the image tokens that draw attention whatever the question (AvisC).
 
