@@ -3,20 +3,19 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from vlm_steer.errors import DataError
 
+from .choices import BeafParser
 from .counts import Unit
 from .files import read_rows
 from .metrics import MetricSet, harmonic_mean, ratio, summarise
 from .pope import Answer, parse_answer
-from .questions import list_some, load_texts
+from .questions import check_answered, list_some, load_texts
 from .scoring import write_scores
 
-__all__ = ["BEAF_METRICS", "BeafParser", "BeafQuestion", "beaf_counts", "load_beaf", "score_beaf"]
-
-BeafParser = Literal["robust", "official"]
+__all__ = ["BEAF_METRICS", "BeafQuestion", "beaf_counts", "load_beaf", "score_beaf"]
 
 
 @dataclass(frozen=True)
@@ -141,13 +140,14 @@ def score_beaf(
     """
     asked = load_beaf(questions)
     given = load_texts(answers, ("id", "question_id"), ("answer", "text"))
-    unanswered = [question.id for question in asked if question.id not in given]
-    if unanswered:
-        raise DataError(
-            f"{answers} has no answer for {len(unanswered)} of the {len(asked)} questions of "
-            f"{questions} (id {list_some(unanswered)}); changes can only be counted between "
-            "answered questions, so produce them"
-        )
+    check_answered(
+        answers,
+        given,
+        [question.id for question in asked],
+        asked=f"questions of {questions}",
+        id_name="id ",
+        advice="changes can only be counted between answered questions, so produce them",
+    )
     read = _read([given[question.id] for question in asked], parser)
     counts = beaf_counts(asked, read)
     clusters = [question.original for question in asked]

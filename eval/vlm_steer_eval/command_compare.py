@@ -7,7 +7,8 @@ import typer
 
 from vlm_steer.commands.options import Seed
 
-from .command_options import Missing, OutputFolder, Resamples
+from .choices import Missing
+from .command_options import OutputFolder, Resamples
 
 __all__ = ["compare"]
 

@@ -12,17 +12,17 @@ from typing import Any, Literal
 
 from vlm_steer.errors import DataError
 
+from .choices import HallusionParser, Missing
 from .counts import Unit
 from .files import read_rows
 from .judge import Judge
 from .metrics import MetricSet, ratio, summarise
 from .pope import Answer, parse_answer
-from .questions import list_some
-from .scoring import Missing, write_scores
+from .questions import check_answered
+from .scoring import write_scores
 
 __all__ = [
     "HALLUSION_METRICS",
-    "HallusionParser",
     "HallusionQuestion",
     "Verdict",
     "cluster_counts",
@@ -33,7 +33,6 @@ __all__ = [
     "score_hallusionbench",
 ]
 
-HallusionParser = Literal["robust", "official", "opera", "repope", "vlmevalkit", "lmms_intern"]
 Verdict = Literal["wrong", "right", "unclear"]
 
 _KEY = ("category", "subcategory", "set_id", "figure_id", "question_id")
@@ -187,13 +186,15 @@ def score_hallusionbench(
     """
     asked = [q for q in load_hallusion(questions) if not (images_only and q.is_blind)]
     given = _answers(answers)
-    unanswered = [question.id for question in asked if question.id not in given]
-    if unanswered and (missing == "error" or len(unanswered) == len(asked)):
-        raise DataError(
-            f"{answers} has no answer for {len(unanswered)} of the {len(asked)} questions of "
-            f"{questions} ({list_some(unanswered)}); produce them, pass --images-only if the "
-            "questions without a picture were not asked, or --missing exclude to leave these out"
-        )
+    unanswered = check_answered(
+        answers,
+        given,
+        [question.id for question in asked],
+        asked=f"questions of {questions}",
+        advice="produce them, pass --images-only if the questions without a picture were not "
+        "asked, or --missing exclude to leave these out",
+        missing=missing,
+    )
     kept = [question for question in asked if question.id in given]
     read = [_read(parser, given[question.id], question.label) for question in kept]
     if judge is None:

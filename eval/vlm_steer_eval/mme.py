@@ -7,10 +7,11 @@ at most 200. The hallucination subset that papers report is existence, count, po
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from vlm_steer.errors import DataError
 
+from .choices import MmeParser
 from .counts import Unit
 from .files import read_rows
 from .metrics import Floats, MetricSet, ratio, summarise
@@ -23,14 +24,11 @@ __all__ = [
     "MME_METRICS",
     "PERCEPTION",
     "TASK_METRICS",
-    "MmeParser",
     "MmeRow",
     "load_mme",
     "read_official",
     "score_mme",
 ]
-
-MmeParser = Literal["robust", "official", "lmms_eval", "vlmevalkit"]
 
 PERCEPTION = (
     "existence",

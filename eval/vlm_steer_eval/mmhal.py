@@ -6,19 +6,18 @@ Below 3 an answer counts as hallucinated.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from vlm_steer.errors import DataError
 
+from .choices import MmhalReading
 from .counts import Unit
 from .files import read_rows
 from .judge import Judge
 from .metrics import MetricSet, ratio, summarise
 from .scoring import summarise_parts, write_scores
 
-__all__ = ["MMHAL_METRICS", "MmhalReading", "judge_prompt", "read_rating", "score_mmhal"]
-
-MmhalReading = Literal["robust", "official"]
+__all__ = ["MMHAL_METRICS", "judge_prompt", "read_rating", "score_mmhal"]
 
 _HIGHEST = 6
 _HALLUCINATED_BELOW = 3

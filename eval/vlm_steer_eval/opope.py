@@ -8,21 +8,21 @@ An object is taken for a "yes" when the caption mentions it. `table` reads capti
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from vlm_steer.errors import DataError
 
 from .chair import TableNormaliser
+from .choices import Missing, OpopeReader
 from .counts import Unit
 from .metrics import Floats, MetricSet, ratio, summarise
 from .pope import POPE_METRICS, Answer, parse_answer, pope_counts
 from .questions import PopeQuestion, list_some, load_questions
-from .scoring import Missing, load_captions, summarise_parts, write_scores
+from .scoring import load_captions, summarise_parts, write_scores
 from .vocabulary import ObjectVocabulary, plural
 
-__all__ = ["OPOPE_METRICS", "OpopeReader", "mentions_by_table", "mentions_by_word", "score_opope"]
+__all__ = ["OPOPE_METRICS", "mentions_by_table", "mentions_by_word", "score_opope"]
 
-OpopeReader = Literal["table", "halc"]
 Mentions = Callable[[str, str], bool]
 
 _QUESTION = re.compile(r"^Is there (?:an? )?(.+?) in (?:the|this) iman?ge\?", re.IGNORECASE)

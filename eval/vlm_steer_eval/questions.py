@@ -1,17 +1,25 @@
 """POPE question and answer files, joined by question id and never by line."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlm_steer.errors import DataError
 
+from .choices import Missing
 from .files import image_key, read_rows
 from .pope import Answer
 
-__all__ = ["PopeQuestion", "list_some", "load_answers", "load_questions", "load_texts"]
+__all__ = [
+    "PopeQuestion",
+    "check_answered",
+    "list_some",
+    "load_answers",
+    "load_questions",
+    "load_texts",
+]
 
 _SHOWN = 5
 
@@ -104,6 +112,39 @@ def load_texts(path: Path, ids: Sequence[str], texts: Sequence[str]) -> dict[str
         answers[names[-1]] = text
     _refuse_duplicates(path, names)
     return answers
+
+
+def check_answered(
+    answers: Path,
+    given: Container[str],
+    ids: Sequence[str],
+    *,
+    asked: str,
+    advice: str,
+    id_name: str = "",
+    missing: Missing = "error",
+) -> list[str]:
+    """The questions without an answer, where they may be left out.
+
+    Args:
+        answers: the file of answers, to be named.
+        given: ids that it answers.
+        ids: ids of what was asked.
+        asked: what was asked, in the plural.
+        advice: what to do about it.
+        id_name: what the ids are called, with a space behind it.
+        missing: what to do; that nothing at all is answered is always an error.
+
+    Raises:
+        DataError: questions lack an answer.
+    """
+    unanswered = [name for name in ids if name not in given]
+    if unanswered and (missing == "error" or len(unanswered) == len(ids)):
+        raise DataError(
+            f"{answers} has no answer for {len(unanswered)} of the {len(ids)} {asked} "
+            f"({id_name}{list_some(unanswered)}); {advice}"
+        )
+    return unanswered
 
 
 def list_some(values: Sequence[object]) -> str:

@@ -4,18 +4,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from vlm_steer.errors import ConfigError, DataError
 
 from .chair import CHAIR_METRICS, CaptionScore, Mention, Normaliser, TableNormaliser, score_caption
 from .chair_opera import load_opera_normaliser
+from .choices import Missing, UnknownImages
 from .counts import COUNTS_NAME, Unit, write_units
 from .files import image_key, read_rows, write_json, write_rows, write_text
 from .metrics import MetricSet, ratio, summarise
 from .objects import load_object_sets, objects_from_annotations
 from .pope import PARSERS, POPE_METRICS, Verdict, parse_answer, pope_counts
-from .questions import PopeQuestion, list_some, load_answers, load_questions
+from .questions import PopeQuestion, check_answered, list_some, load_answers, load_questions
 from .tables import metric_table, render
 from .vocabulary import ObjectVocabulary
 
@@ -33,9 +34,6 @@ __all__ = [
 
 SCORED = "scored"
 """Name of the only arm of scored answers."""
-
-Missing = Literal["error", "exclude"]
-Unknown = Literal["error", "empty", "exclude"]
 
 
 _PAIRS = MetricSet(
@@ -87,15 +85,15 @@ def score_pope(
     if parser not in PARSERS:
         raise ConfigError(f"parser {parser!r} is unknown; choose one of {', '.join(PARSERS)}")
     asked, given = load_questions(questions, dialogues=True), load_answers(answers)
-    unanswered = [question.id for question in asked if question.id not in given]
-    if unanswered and (missing == "error" or len(unanswered) == len(asked)):
-        raise DataError(
-            f"{answers} has no answer for {len(unanswered)} of the {len(asked)} questions of "
-            f"{questions} "
-            f"(question_id {list_some(unanswered)}); produce them, or pass --missing exclude to "
-            "leave "
-            "these questions out"
-        )
+    unanswered = check_answered(
+        answers,
+        given,
+        [question.id for question in asked],
+        asked=f"questions of {questions}",
+        id_name="question_id ",
+        advice="produce them, or pass --missing exclude to leave these questions out",
+        missing=missing,
+    )
     kept = [question for question in asked if question.id in given]
     verdicts = [parse_answer(parser, given[q.id], q.label) for q in kept]
     clusters = [question.cluster for question in kept]
@@ -159,7 +157,7 @@ def score_chair(
     synonyms: Path | None = None,
     normaliser: str = "table",
     output: Path | None = None,
-    unknown_images: Unknown | None = None,
+    unknown_images: UnknownImages | None = None,
     n_resamples: int = 10_000,
     seed: int = 0,
 ) -> dict[str, Any]:

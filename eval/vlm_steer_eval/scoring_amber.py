@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 
@@ -23,19 +23,18 @@ from .amber import (
     question_counts,
     read_caption,
 )
+from .choices import AmberParser, AmberPart, Missing
 from .counts import Unit
 from .files import read_json, read_rows
 from .metrics import summarise
 from .nltk_tools import Nltk, load_nltk
 from .pope import Answer, parse_answer
-from .questions import list_some, load_texts
-from .scoring import Missing, summarise_parts, write_scores
+from .questions import check_answered, load_texts
+from .scoring import summarise_parts, write_scores
 
-__all__ = ["PARTS", "AmberParser", "load_similarity", "score_amber"]
+__all__ = ["PARTS", "load_similarity", "score_amber"]
 
-AmberParser = Literal["robust", "official"]
-
-PARTS = ("all", "generative", "discriminative", "existence", "attribute", "relation")
+PARTS: tuple[str, ...] = get_args(AmberPart)
 """Parts of the benchmark that can be scored alone."""
 
 
@@ -96,13 +95,15 @@ def score_amber(
     alike = load_similarity(similarity)
     items = _items(data, part)
     given = load_texts(answers, ("id", "question_id"), ("response", "answer", "text"))
-    unanswered = [item.id for item in items if item.id not in given]
-    if unanswered and (missing == "error" or len(unanswered) == len(items)):
-        raise DataError(
-            f"{answers} has no answer for {len(unanswered)} of the {len(items)} items of "
-            f"--part {part} (id {list_some(unanswered)}); produce them, choose another --part, or "
-            "pass --missing exclude to leave them out"
-        )
+    unanswered = check_answered(
+        answers,
+        given,
+        [item.id for item in items],
+        asked=f"items of --part {part}",
+        id_name="id ",
+        advice="produce them, choose another --part, or pass --missing exclude to leave them out",
+        missing=missing,
+    )
     kept = [item for item in items if item.id in given]
     vocabulary = _vocabulary(data)
     captions = any(item.type == "generative" for item in kept)
