@@ -33,10 +33,12 @@ __all__ = [
     "Option",
     "Spec",
     "apply_overrides",
+    "configs_folder",
     "describe",
     "dump",
     "find_preset",
     "list_presets",
+    "read_yaml",
     "resolve",
 ]
 
@@ -97,7 +99,7 @@ def dump(methods: "Sequence[Method]") -> dict[str, Any]:
 
 def list_presets() -> list[str]:
     """Names of the configurations that come with the package, sorted."""
-    return sorted(path.stem for path in _presets_folder().glob("*.yaml"))
+    return sorted(path.stem for path in configs_folder().glob("*.yaml"))
 
 
 def find_preset(name: str) -> Path:
@@ -106,13 +108,20 @@ def find_preset(name: str) -> Path:
     Raises:
         ConfigError: There is none of that name.
     """
-    path = _presets_folder() / f"{name}.yaml"
+    path = configs_folder() / f"{name}.yaml"
     if not path.is_file():
         known = list_presets()
         raise ConfigError(
             f"unknown preset {name!r}.{did_you_mean(name, known)} Presets: {', '.join(known)}."
         )
     return path
+
+
+def configs_folder() -> Path:
+    """Where the configurations lie: in an installed package, or ``configs`` of a checkout."""
+    package = Path(__file__).parent
+    packaged = package / "configs"
+    return packaged if packaged.is_dir() else package.parent / "configs"
 
 
 def _from_text(text: str) -> "tuple[Method, ...]":
@@ -249,10 +258,3 @@ def _dump_one(method: "Method") -> dict[str, Any]:
         if name not in skipped
     }
     return {"method": method.name, **options}
-
-
-def _presets_folder() -> Path:
-    """``vlm_steer/configs`` of an installed package, or ``configs`` of a checkout."""
-    package = Path(__file__).parent
-    packaged = package / "configs"
-    return packaged if packaged.is_dir() else package.parent / "configs"

@@ -5,58 +5,41 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlm_steer.commands.options import (
-    Attn,
-    BatchSize,
-    DeviceMap,
-    Dtype,
-    ModelName,
-    Quantization,
-    Revision,
-    Seed,
-)
 from vlm_steer.errors import ConfigError
 
 from .command_options import (
-    Beams,
     Columns,
     Dataset,
     DatasetSplit,
     EmbeddedScenes,
     ImageFolder,
-    Images,
-    Methods,
+    ImageList,
     NormaliserOption,
-    OutputFolder,
     ParserOption,
-    Resamples,
-    SkipBadImages,
+    Suffix,
     Synonyms,
-    Temperature,
-    Tokens,
-    TopP,
 )
 from .command_run import (
+    check_early,
     chosen_normaliser,
     chosen_splits,
-    loading_options,
     refuse_columns_alone,
     refuse_on_scenes,
     refuse_several_sources,
     required_folder,
     run_and_show,
 )
+from .option_groups import RunOptions, spelled_out
 
 if TYPE_CHECKING:
     from .tasks import Task
 
-__all__ = ["eval_chair", "eval_pope"]
+__all__ = ["eval_chair", "eval_pope", "eval_presets"]
 
 
+@spelled_out("pope", max_new_tokens=16)
 def eval_pope(
-    output: OutputFolder,
-    model: ModelName = "tiny",
-    methods: Methods = "none",
+    run: RunOptions,
     scenes: EmbeddedScenes = "broken",
     questions: Annotated[
         list[Path] | None,
@@ -73,81 +56,40 @@ def eval_pope(
     splits: Annotated[
         str, typer.Option("--splits", help="Splits to build: random,popular,adversarial.")
     ] = "random,popular,adversarial",
-    suffix: Annotated[
-        str, typer.Option("--suffix", help="Appended to every question of your own data.")
-    ] = "",
+    suffix: Suffix = "",
     parser: ParserOption = "robust",
-    limit: Images = None,
-    max_new_tokens: Tokens = 16,
-    num_beams: Beams = 1,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    seed: Seed = 0,
-    resamples: Resamples = 10_000,
-    batch_size: BatchSize = 16,
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = None,
-    quantization: Quantization = None,
-    revision: Revision = None,
-    attn: Attn = None,
-    skip_bad_images: SkipBadImages = False,
     share_prefix: Annotated[
         bool,
         typer.Option(help="Compute each image once for its questions, where methods allow it."),
     ] = True,
 ) -> None:
     """Ask yes/no questions about objects: on embedded scenes, your files, or a data set."""
-    from .arms import parse_arms
-    from .generation import Settings
     from .hub import hub_pope
     from .sources import built_pope, embedded_pope, local_pope
 
-    parse_arms(methods)  # a misspelt arm is reported before anything slow begins
-    settings = Settings(max_new_tokens, num_beams, temperature, top_p, seed)
+    check_early(run)
     chosen = chosen_splits(splits)
     refuse_several_sources(questions=questions, annotations=annotations, dataset=dataset)
     refuse_columns_alone(columns, dataset)
     task: Task
-    common: dict[str, Any] = {"seed": seed, "parser": parser}
+    common: dict[str, Any] = {"seed": run.seed, "parser": parser}
+    own: dict[str, Any] = {"limit": run.limit, "suffix": suffix, **common}
     if dataset is not None:
-        task = hub_pope(
-            dataset, dataset_split, columns=columns, limit=limit, suffix=suffix, **common
-        )
+        task = hub_pope(dataset, dataset_split, columns=columns, **own)
     elif questions:
-        task = local_pope(
-            questions, required_folder(images, "--questions"), limit=limit, suffix=suffix, **common
-        )
+        task = local_pope(questions, required_folder(images, "--questions"), **own)
     elif annotations is not None:
-        task = built_pope(
-            annotations,
-            required_folder(images, "--annotations"),
-            splits=chosen,
-            limit=limit,
-            suffix=suffix,
-            **common,
-        )
+        folder = required_folder(images, "--annotations")
+        task = built_pope(annotations, folder, splits=chosen, **own)
     else:
         refuse_on_scenes(images=images, suffix=suffix or None)
-        task = embedded_pope(scenes, splits=chosen, limit=limit or 100, **common)
-    loading = loading_options(dtype, device_map, quantization, revision, attn)
-    run_and_show(
-        task,
-        methods,
-        model,
-        loading,
-        settings,
-        output,
-        batch_size=batch_size,
-        resamples=resamples,
-        skip_bad_images=skip_bad_images,
-        share_prefix=share_prefix,
-    )
+        task = embedded_pope(scenes, splits=chosen, limit=run.limit or 100, **common)
+    run_and_show(task, run, share_prefix=share_prefix)
 
 
+@spelled_out("chair", max_new_tokens=512)
 def eval_chair(
-    output: OutputFolder,
-    model: ModelName = "tiny",
-    methods: Methods = "none",
+    run: RunOptions,
     scenes: EmbeddedScenes = "broken",
     annotations: Annotated[
         Path | None,
@@ -157,6 +99,7 @@ def eval_chair(
         Path | None, typer.Option("--objects", help="Object sets per image, JSON or .gz.")
     ] = None,
     images: ImageFolder = None,
+    image_list: ImageList = None,
     dataset: Dataset = None,
     dataset_split: DatasetSplit = "test",
     columns: Columns = None,
@@ -165,46 +108,29 @@ def eval_chair(
     ] = "Please describe this image in detail.",
     normaliser: NormaliserOption = "table",
     synonyms: Synonyms = None,
-    limit: Images = None,
-    max_new_tokens: Tokens = 512,
-    num_beams: Beams = 1,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    seed: Seed = 0,
-    resamples: Resamples = 10_000,
-    batch_size: BatchSize = 16,
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = None,
-    quantization: Quantization = None,
-    revision: Revision = None,
-    attn: Attn = None,
-    skip_bad_images: SkipBadImages = False,
 ) -> None:
     """Count hallucinated objects in captions of embedded scenes, your images, or a data set."""
-    from .arms import parse_arms
-    from .generation import Settings
     from .hub import hub_chair
     from .sources import embedded_chair, local_chair
 
-    parse_arms(methods)  # a misspelt arm is reported before anything slow begins
-    settings = Settings(max_new_tokens, num_beams, temperature, top_p, seed)
+    check_early(run)
     refuse_several_sources(truth=annotations or objects, dataset=dataset)
     refuse_columns_alone(columns, dataset)
+    if image_list is not None and annotations is None and objects is None:
+        raise ConfigError("--image-list has no effect without --annotations or --objects")
     reader = chosen_normaliser(normaliser, synonyms)
     task: Task
+    common: dict[str, Any] = {"limit": run.limit, "seed": run.seed, "prompt": prompt}
     if dataset is not None:
-        task = hub_chair(
-            dataset, dataset_split, reader, columns=columns, limit=limit, seed=seed, prompt=prompt
-        )
+        task = hub_chair(dataset, dataset_split, reader, columns=columns, **common)
     elif annotations is not None or objects is not None:
         task = local_chair(
             required_folder(images, "--annotations and --objects"),
             reader,
             annotations=annotations,
             objects=objects,
-            limit=limit,
-            seed=seed,
-            prompt=prompt,
+            listed=image_list,
+            **common,
         )
     else:
         refuse_on_scenes(images=images, synonyms=synonyms)
@@ -213,16 +139,28 @@ def eval_chair(
                 "--normaliser opera reads COCO objects; the embedded scenes have a vocabulary of "
                 "their own, so leave it out"
             )
-        task = embedded_chair(scenes, limit=limit or 300, seed=seed, prompt=prompt)
-    loading = loading_options(dtype, device_map, quantization, revision, attn)
-    run_and_show(
-        task,
-        methods,
-        model,
-        loading,
-        settings,
-        output,
-        batch_size=batch_size,
-        resamples=resamples,
-        skip_bad_images=skip_bad_images,
-    )
+        task = embedded_chair(scenes, **{**common, "limit": run.limit or 300})
+    run_and_show(task, run)
+
+
+def eval_presets(
+    name: Annotated[str | None, typer.Argument(help="A preset, to see all of it.")] = None,
+) -> None:
+    """List the published protocols that --preset knows, or show one of them."""
+    from .presets import list_benchmark_presets, load_preset
+
+    if name is None:
+        for known in list_benchmark_presets():
+            preset = load_preset(known)
+            options = ", ".join(f"{key} {value!r}" for key, value in preset.options.items())
+            typer.echo(f"{known}: {options}")
+        return
+    preset = load_preset(name)
+    typer.echo(f"{preset.name}: {preset.source}\ndata: {preset.data}")
+    for key, value in preset.options.items():
+        typer.echo(f"  --{key.replace('_', '-')} {value!r}")
+    for band in preset.expected:
+        typer.echo(
+            f"  {band.model}: {band.metric} ({band.split}) {band.low:g} to {band.high:g}; "
+            f"{band.source}"
+        )

@@ -1,42 +1,51 @@
 """Options that the commands of the harness share."""
 
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated
 
 import typer
 
+from .choices import (
+    AmberParser,
+    BeafParser,
+    HallusionParser,
+    Missing,
+    MmeParser,
+    MmhalReading,
+    NormaliserName,
+    ParserName,
+    ScenesName,
+)
+
 __all__ = [
+    "AmberParserOption",
+    "AmberSimilarity",
+    "BeafParserOption",
     "Beams",
     "Columns",
     "Dataset",
     "DatasetSplit",
     "EmbeddedScenes",
+    "HallusionParserOption",
     "ImageFolder",
+    "ImageList",
     "Images",
     "Methods",
-    "Missing",
-    "NormaliserName",
+    "MmeParserOption",
     "NormaliserOption",
     "OutputFolder",
-    "ParserName",
     "ParserOption",
+    "PresetName",
+    "RatingOption",
     "Resamples",
-    "ScenesName",
     "SkipBadImages",
+    "Suffix",
     "Synonyms",
     "Temperature",
     "Tokens",
     "TopP",
-    "UnknownImages",
+    "Unanswered",
 ]
-
-ParserName: TypeAlias = Literal[
-    "robust", "official", "opera", "vcd", "spin", "icd", "repope", "lmms_eval", "vlmevalkit"
-]
-NormaliserName: TypeAlias = Literal["table", "opera"]
-Missing: TypeAlias = Literal["error", "exclude"]
-UnknownImages: TypeAlias = Literal["error", "empty", "exclude"]
-ScenesName: TypeAlias = Literal["iid", "broken", "validation"]
 
 OutputFolder = Annotated[Path, typer.Option("--output", help="Folder for the results.")]
 Methods = Annotated[
@@ -66,6 +75,20 @@ ParserOption = Annotated[ParserName, typer.Option("--parser", help="How answers 
 NormaliserOption = Annotated[
     NormaliserName, typer.Option("--normaliser", help="How captions are read.")
 ]
+AmberParserOption = Annotated[
+    AmberParser,
+    typer.Option("--parser", help="How yes/no answers are read; official: exactly Yes or No."),
+]
+AmberSimilarity = Annotated[
+    str,
+    typer.Option("--similarity", help="Of words: exact, or spacy:en_core_web_lg as in the paper."),
+]
+BeafParserOption = Annotated[BeafParser, typer.Option("--parser", help="How answers are read.")]
+HallusionParserOption = Annotated[
+    HallusionParser, typer.Option("--parser", help="How answers are read.")
+]
+MmeParserOption = Annotated[MmeParser, typer.Option("--parser", help="How answers are read.")]
+RatingOption = Annotated[MmhalReading, typer.Option("--reading", help="How ratings are read.")]
 Synonyms = Annotated[
     Path | None,
     typer.Option("--synonyms", help="CHAIR synonyms file: name, synonym, ... per line."),
@@ -81,6 +104,22 @@ Columns = Annotated[
     str | None, typer.Option("--columns", help="Columns of --dataset: role=column,role=column.")
 ]
 DatasetSplit = Annotated[str, typer.Option("--dataset-split", help="Split of --dataset.")]
+ImageList = Annotated[
+    Path | None,
+    typer.Option("--image-list", help="Only the images of a file, one id or file name per row."),
+]
+PresetName = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        help="A published protocol, or your own YAML; `vlm-steer eval presets` lists them. "
+        "Options that you write win.",
+    ),
+]
+Suffix = Annotated[
+    str, typer.Option("--suffix", help="Appended to every question of your own data.")
+]
+Unanswered = Annotated[Missing, typer.Option("--missing", help="Questions without an answer.")]
 SkipBadImages = Annotated[
     bool,
     typer.Option("--skip-bad-images", help="Exit 0 although images had to be left out."),

@@ -7,15 +7,16 @@ import typer
 
 from vlm_steer.errors import ConfigError, DataError
 
-from .command_options import NormaliserName
+from .choices import NormaliserName
 
 if TYPE_CHECKING:
     from .chair import Normaliser
-    from .generation import Settings
+    from .option_groups import RunOptions
     from .pope_builder import Strategy
     from .tasks import Task
 
 __all__ = [
+    "check_early",
     "chosen_normaliser",
     "chosen_splits",
     "loading_options",
@@ -29,19 +30,7 @@ __all__ = [
 _SHOWN_FAILURES = 10
 
 
-def run_and_show(
-    task: "Task",
-    methods: str,
-    model_name: str,
-    loading: dict[str, Any],
-    settings: "Settings",
-    output: Path,
-    *,
-    batch_size: int,
-    resamples: int,
-    skip_bad_images: bool,
-    share_prefix: bool = False,
-) -> None:
+def run_and_show(task: "Task", run: "RunOptions", *, share_prefix: bool = False) -> None:
     """Load the model, run the benchmark, print its tables.
 
     One of several processes generates its share only, unless it is the main one.
@@ -56,6 +45,8 @@ def run_and_show(
     from .runner import run_arms
     from .workers import workers_from_environment
 
+    settings = run.settings()
+    loading = loading_options(run.dtype, run.device_map, run.quantization, run.revision, run.attn)
     workers = workers_from_environment()
     if workers.device is not None:
         if loading["device_map"] is not None:
@@ -64,33 +55,48 @@ def run_and_show(
                 "each of which has a device of its own; leave it out"
             )
         loading = {**loading, "device_map": workers.device}
-    model, processor = load_model(model_name, **loading)
+    model, processor = load_model(run.model, **loading)
     shared: dict[str, Any] = {
-        "model_name": model_name,
+        "model_name": run.model,
         "settings": settings,
-        "batch_size": batch_size,
-        "output": output,
+        "batch_size": run.batch_size,
+        "output": run.output,
         "share_prefix": share_prefix,
         "workers": workers,
     }
     if not workers.is_main:
-        run_arms(task, parse_arms(methods), model, processor, **shared)
+        run_arms(task, parse_arms(run.methods), model, processor, **shared)
         return
     result = run_benchmark(
-        task, methods, model, processor, n_resamples=resamples, seed=settings.seed, **shared
+        task,
+        run.methods,
+        model,
+        processor,
+        n_resamples=run.resamples,
+        seed=run.seed,
+        preset=run.applied,
+        **shared,
     )
     typer.echo(result.table, nl=False)
-    typer.echo(f"results: {output}")
+    typer.echo(f"results: {run.output}")
     failures = result.run.failures
     for failure in failures[:_SHOWN_FAILURES]:
         typer.echo(f"note: left out {failure['item']}: {failure['error']}", err=True)
-    if failures and not skip_bad_images:
+    if failures and not run.skip_bad_images:
         raise DataError(
             f"{len(failures)} of {len(task.items)} items were left out because of their image "
-            f"(listed under 'excluded' in {output / 'scores.json'}); repair the images and run the "
-            "same command again, which adds only what is missing, or accept the loss with "
+            f"(listed under 'excluded' in {run.output / 'scores.json'}); repair the images and run "
+            "the same command again, which adds only what is missing, or accept the loss with "
             "--skip-bad-images"
         )
+
+
+def check_early(run: "RunOptions") -> None:
+    """Report a misspelt arm or contradictory settings before anything slow begins."""
+    from .arms import parse_arms
+
+    parse_arms(run.methods)
+    run.settings()
 
 
 def loading_options(

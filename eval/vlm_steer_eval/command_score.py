@@ -1,23 +1,27 @@
 """Commands that score answers and captions from files."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any
 
 import typer
 
-from vlm_steer.commands.options import (
-    Seed,
-)
-
-from .command_options import (
-    Missing,
-    NormaliserOption,
-    OutputFolder,
-    ParserOption,
-    Resamples,
-    Synonyms,
+from .choices import (
+    AmberPart,
+    OpopeReader,
     UnknownImages,
 )
+from .command_options import (
+    AmberParserOption,
+    AmberSimilarity,
+    BeafParserOption,
+    HallusionParserOption,
+    MmeParserOption,
+    NormaliserOption,
+    ParserOption,
+    RatingOption,
+    Synonyms,
+)
+from .option_groups import AnswerOptions, ScoreOptions, spelled_out
 
 __all__ = [
     "score_amber",
@@ -30,34 +34,16 @@ __all__ = [
     "score_pope",
 ]
 
-AmberParserName: TypeAlias = Literal["robust", "official"]
-BeafParserName: TypeAlias = Literal["robust", "official"]
-HallusionParserName: TypeAlias = Literal[
-    "robust", "official", "opera", "repope", "vlmevalkit", "lmms_intern"
-]
-MmhalReadingName: TypeAlias = Literal["robust", "official"]
-MmeParserName: TypeAlias = Literal["robust", "official", "lmms_eval", "vlmevalkit"]
-OpopeReaderName: TypeAlias = Literal["table", "halc"]
-Part: TypeAlias = Literal[
-    "all", "generative", "discriminative", "existence", "attribute", "relation"
-]
 
-Unanswered = Annotated[Missing, typer.Option("--missing", help="Questions without an answer.")]
-
-
+@spelled_out()
 def score_pope(
     questions: Annotated[Path, typer.Option("--questions", help="POPE file with labels.")],
     answers: Annotated[
         Path,
         typer.Option("--answers", help="Rows with question_id and answer (or text)."),
     ],
-    output: OutputFolder,
+    results: AnswerOptions,
     parser: ParserOption = "robust",
-    missing: Annotated[
-        Missing, typer.Option("--missing", help="Questions without an answer.")
-    ] = "error",
-    resamples: Resamples = 10_000,
-    seed: Seed = 0,
 ) -> None:
     """Score yes/no answers against a POPE file, joined by question id."""
     from . import scoring
@@ -67,10 +53,7 @@ def score_pope(
         questions,
         answers,
         parser=parser,
-        output=output,
-        missing=missing,
-        n_resamples=resamples,
-        seed=seed,
+        **results.keywords(),
     )
     title = f"POPE, parser {parser}, n = {result['n']}"
     typer.echo(render(metric_table(result["metrics"], title)), nl=False)
@@ -87,9 +70,10 @@ def score_pope(
         )
 
 
+@spelled_out()
 def score_chair(
     captions: Annotated[Path, typer.Option("--captions", help="Rows with image_id and caption.")],
-    output: OutputFolder,
+    results: ScoreOptions,
     objects: Annotated[
         Path | None, typer.Option("--objects", help="Object sets per image, JSON or .gz.")
     ] = None,
@@ -106,8 +90,6 @@ def score_chair(
             "as images without objects, as published.",
         ),
     ] = None,
-    resamples: Resamples = 10_000,
-    seed: Seed = 0,
 ) -> None:
     """Score captions against the objects of their images."""
     from . import scoring
@@ -119,10 +101,8 @@ def score_chair(
         annotations=annotations,
         synonyms=synonyms,
         normaliser=normaliser,
-        output=output,
         unknown_images=unknown_images,
-        n_resamples=resamples,
-        seed=seed,
+        **results.keywords(),
     )
     title = f"CHAIR, normaliser {normaliser}"
     typer.echo(render(metric_table(result["metrics"], title)), nl=False)
@@ -139,6 +119,7 @@ def score_chair(
         _note(f"{result['images_with_several_captions']} images have more than one caption")
 
 
+@spelled_out()
 def score_amber(
     data: Annotated[
         Path,
@@ -147,21 +128,10 @@ def score_amber(
         ),
     ],
     answers: Annotated[Path, typer.Option("--answers", help="Rows with id and response.")],
-    output: OutputFolder,
-    part: Annotated[Part, typer.Option("--part", help="What to score.")] = "all",
-    parser: Annotated[
-        AmberParserName,
-        typer.Option("--parser", help="How yes/no answers are read; official: exactly Yes or No."),
-    ] = "robust",
-    similarity: Annotated[
-        str,
-        typer.Option(
-            "--similarity", help="Of words: exact, or spacy:en_core_web_lg as in the paper."
-        ),
-    ] = "exact",
-    missing: Unanswered = "error",
-    resamples: Resamples = 10_000,
-    seed: Seed = 0,
+    results: AnswerOptions,
+    part: Annotated[AmberPart, typer.Option("--part", help="What to score.")] = "all",
+    parser: AmberParserOption = "robust",
+    similarity: AmberSimilarity = "exact",
 ) -> None:
     """Score captions and yes/no answers against AMBER's annotations."""
     from .scoring_amber import score_amber as score
@@ -172,10 +142,7 @@ def score_amber(
         part=part,
         parser=parser,
         similarity=similarity,
-        output=output,
-        missing=missing,
-        n_resamples=resamples,
-        seed=seed,
+        **results.keywords(),
     )
     _show(result, f"AMBER {part}, parser {parser}, similarity {similarity}")
     _note_unanswered(result)
@@ -188,6 +155,7 @@ def score_amber(
         )
 
 
+@spelled_out()
 def score_mme(
     answers: Annotated[
         Path,
@@ -195,32 +163,27 @@ def score_mme(
             "--answers", help="Folder of TASK.txt, or rows with task, image, label, answer."
         ),
     ],
-    output: OutputFolder,
-    parser: Annotated[
-        MmeParserName, typer.Option("--parser", help="How answers are read.")
-    ] = "robust",
-    resamples: Resamples = 10_000,
-    seed: Seed = 0,
+    results: ScoreOptions,
+    parser: MmeParserOption = "robust",
 ) -> None:
     """Score answers to MME; perception, cognition and hallucination are points."""
     from .mme import score_mme as score
 
-    result = score(answers, parser=parser, output=output, n_resamples=resamples, seed=seed)
+    result = score(answers, parser=parser, **results.keywords())
     _show(result, f"MME, parser {parser}, n = {result['n']}")
     if result["absent_tasks"]:
         _note(f"without answers: {', '.join(result['absent_tasks'])}; their totals are undefined")
 
 
+@spelled_out()
 def score_hallusionbench(
     questions: Annotated[Path, typer.Option("--questions", help="HallusionBench.json.")],
     answers: Annotated[
         Path,
         typer.Option("--answers", help="Rows with the question's ids and model_prediction."),
     ],
-    output: OutputFolder,
-    parser: Annotated[
-        HallusionParserName, typer.Option("--parser", help="How answers are read.")
-    ] = "robust",
+    results: AnswerOptions,
+    parser: HallusionParserOption = "robust",
     images_only: Annotated[
         bool, typer.Option("--images-only", help="Leave out questions without a picture.")
     ] = False,
@@ -228,25 +191,19 @@ def score_hallusionbench(
         str | None,
         typer.Option("--judge", help="recorded:FILE or endpoint:MODEL@URL instead of the parser."),
     ] = None,
-    missing: Unanswered = "error",
-    resamples: Resamples = 10_000,
-    seed: Seed = 0,
 ) -> None:
     """Score HallusionBench by the yes or no in the answers, or by a judge."""
     from .hallusionbench import score_hallusionbench as score
     from .judge import load_judge
 
-    rater = None if judge is None else load_judge(judge, output / "judge.jsonl")
+    rater = None if judge is None else load_judge(judge, results.output / "judge.jsonl")
     result = score(
         questions,
         answers,
         parser=parser,
         images_only=images_only,
         judge=rater,
-        output=output,
-        missing=missing,
-        n_resamples=resamples,
-        seed=seed,
+        **results.keywords(),
     )
     rule = f"parser {parser}" if rater is None else f"judge {rater.name}"
     _show(result, f"HallusionBench, {rule}, n = {result['n']}")
@@ -255,19 +212,15 @@ def score_hallusionbench(
         _note("published scores come from a GPT-4 judge and are not comparable with these")
 
 
+@spelled_out()
 def score_opope(
     captions: Annotated[Path, typer.Option("--captions", help="Rows with image_id and caption.")],
     questions: Annotated[Path, typer.Option("--questions", help="POPE file with labels.")],
-    output: OutputFolder,
+    results: AnswerOptions,
     reader: Annotated[
-        OpopeReaderName,
+        OpopeReader,
         typer.Option("--reader", help="table: as CHAIR reads; halc: any word, anywhere."),
     ] = "table",
-    missing: Annotated[
-        Missing, typer.Option("--missing", help="Questions about images without a caption.")
-    ] = "error",
-    resamples: Resamples = 10_000,
-    seed: Seed = 0,
 ) -> None:
     """Answer POPE's questions from one caption per image."""
     from .opope import score_opope as score
@@ -276,38 +229,31 @@ def score_opope(
         captions,
         questions,
         reader=reader,
-        output=output,
-        missing=missing,
-        n_resamples=resamples,
-        seed=seed,
+        **results.keywords(),
     )
     _show(result, f"OPOPE, reader {reader}, n = {result['n']}")
     if result["images_without_caption"]:
         _note(f"{len(result['images_without_caption'])} images without a caption were left out")
 
 
+@spelled_out()
 def score_beaf(
     questions: Annotated[
         Path,
         typer.Option("--questions", help="Rows with id, image, question, gt, orig_img, removed_q."),
     ],
     answers: Annotated[Path, typer.Option("--answers", help="Rows with id and answer.")],
-    output: OutputFolder,
-    parser: Annotated[
-        BeafParserName, typer.Option("--parser", help="How answers are read.")
-    ] = "robust",
-    resamples: Resamples = 10_000,
-    seed: Seed = 0,
+    results: ScoreOptions,
+    parser: BeafParserOption = "robust",
 ) -> None:
     """Score how answers change when an object is taken out of the picture."""
     from .beaf import score_beaf as score
 
-    result = score(
-        questions, answers, parser=parser, output=output, n_resamples=resamples, seed=seed
-    )
+    result = score(questions, answers, parser=parser, **results.keywords())
     _show(result, f"BEAF, parser {parser}, n = {result['n']}")
 
 
+@spelled_out()
 def score_mmhal(
     responses: Annotated[
         Path, typer.Option("--responses", help="The benchmark's template with model_answer.")
@@ -319,21 +265,15 @@ def score_mmhal(
             help="recorded:FILE, or endpoint:MODEL@URL with its key in VLM_STEER_JUDGE_KEY.",
         ),
     ],
-    output: OutputFolder,
-    reading: Annotated[
-        MmhalReadingName, typer.Option("--reading", help="How ratings are read.")
-    ] = "robust",
-    resamples: Resamples = 10_000,
-    seed: Seed = 0,
+    results: ScoreOptions,
+    reading: RatingOption = "robust",
 ) -> None:
     """Score MMHal-Bench by a judge; replies of an endpoint are kept in the output folder."""
     from .judge import load_judge
     from .mmhal import score_mmhal as score
 
-    rater = load_judge(judge, output / "judge.jsonl")
-    result = score(
-        responses, rater, reading=reading, output=output, n_resamples=resamples, seed=seed
-    )
+    rater = load_judge(judge, results.output / "judge.jsonl")
+    result = score(responses, rater, reading=reading, **results.keywords())
     _show(result, f"MMHal-Bench, judge {rater.name}, n = {result['n']}")
     if result["metrics"]["unrated"]["value"]:
         _note(f"{result['metrics']['unrated']['value']} replies hold no rating and were left out")

@@ -11,7 +11,7 @@ import typer
 from vlm_steer.commands.options import Seed
 
 from .command_compare import compare
-from .command_eval import eval_chair, eval_pope
+from .command_eval import eval_chair, eval_pope, eval_presets
 from .command_options import (
     EmbeddedScenes,
     Methods,
@@ -42,6 +42,9 @@ def register(app: typer.Typer) -> None:
         "chair",
         epilog="Example: vlm-steer eval chair --model tiny --methods none,vcd --output out",
     )(eval_chair)
+    evaluate.command("presets", epilog="Example: vlm-steer eval presets pope/official")(
+        eval_presets
+    )
     score = typer.Typer(
         help="Score answers or captions that anybody produced.", no_args_is_help=True
     )

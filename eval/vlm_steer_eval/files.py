@@ -15,6 +15,7 @@ __all__ = [
     "image_key",
     "read_json",
     "read_rows",
+    "read_text",
     "reporting_write_errors",
     "write_json",
     "write_rows",
@@ -29,7 +30,7 @@ def read_json(path: Path) -> Any:
         DataError: the file is missing, unreadable or not JSON.
     """
     try:
-        return json.loads(_text(path))
+        return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path} is not valid JSON ({error}); if it was copied or unpacked, do so again"
@@ -42,7 +43,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: the file is missing, empty or malformed; the message names the line.
     """
-    text = _text(path)
+    text = read_text(path)
     if text.lstrip().startswith("["):
         rows = read_json(path)
     else:
@@ -55,6 +56,23 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise DataError(f"{path}, row {number}: expected a JSON object, found {row!r}")
     return list(rows)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, gzipped or not.
+
+    Raises:
+        DataError: the file is missing or unreadable.
+    """
+    try:
+        if path.suffix == ".gz":
+            with gzip.open(path, "rt", encoding="utf-8") as file:
+                return file.read()
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist; check the path") from error
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read ({error}); expected text") from error
 
 
 def image_key(value: object) -> str:
@@ -134,18 +152,6 @@ def _replace(path: Path, fill: Callable[[Any], None]) -> None:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-
-
-def _text(path: Path) -> str:
-    try:
-        if path.suffix == ".gz":
-            with gzip.open(path, "rt", encoding="utf-8") as file:
-                return file.read()
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist; check the path") from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read ({error}); expected JSON text") from error
 
 
 def _parse_line(path: Path, number: int, line: str) -> Any:

@@ -1,16 +1,20 @@
 """A benchmark from items to files: generate, score, compare, report."""
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlm_steer.config import Spec
+from vlm_steer.errors import SteerWarning
 from vlm_steer.report import Block, Report, render_html
 
 from .arms import parse_arms
 from .counts import COUNTS_NAME, write_units
 from .files import write_json, write_rows, write_text
 from .generation import Settings
+from .presets import AppliedPreset, check_baseline, preset_remarks
 from .reporting import evaluation_blocks
 from .results import evaluate, sample_rows, score_all, units
 from .runner import RunResult, run_arms
@@ -54,6 +58,7 @@ def run_benchmark(
     seed: int = 0,
     share_prefix: bool = False,
     workers: Workers | None = None,
+    preset: AppliedPreset | None = None,
 ) -> Evaluation:
     """Evaluate arms on a benchmark and write everything about it into a folder.
 
@@ -75,6 +80,7 @@ def run_benchmark(
         seed: seed of the resampling.
         share_prefix: see `run_arms`.
         workers: see `run_arms`; only the main process of several calls this.
+        preset: the protocol that the settings come from; a baseline outside its band warns.
 
     Raises:
         ConfigError: an arm is unknown.
@@ -95,6 +101,9 @@ def run_benchmark(
     )
     scores = score_all(task, run)
     summary = evaluate(task, run, scores, n_resamples=n_resamples, seed=seed)
+    if preset is not None:
+        summary["preset"] = check_baseline(preset, summary, model_name)
+        _warn_outside(summary["preset"])
     write_rows(output / "samples.jsonl", sample_rows(task, run, scores))
     write_units(output / COUNTS_NAME, units(task, scores))
     write_json(output / "scores.json", summary)
@@ -104,3 +113,9 @@ def run_benchmark(
     page = Report(f"{task.name.upper()} of {model_name}", f"arms: {', '.join(run.records)}", blocks)
     write_text(output / "report.html", render_html(page))
     return Evaluation(run, summary, table, blocks)
+
+
+def _warn_outside(found: Mapping[str, Any]) -> None:
+    for entry, remark in zip(found["expected"], preset_remarks(found), strict=False):
+        if entry["inside"] is False:
+            warnings.warn(remark, SteerWarning, stacklevel=2)

@@ -8,7 +8,7 @@ from typing import Any
 from vlm_steer.errors import ConfigError, DataError
 
 from .chair import Normaliser, TableNormaliser
-from .files import image_key, read_json
+from .files import image_key, read_json, read_rows, read_text
 from .images import FileImage, SceneImage
 from .objects import load_object_sets, objects_from_annotations
 from .pope_builder import (
@@ -21,7 +21,7 @@ from .pope_builder import (
     images_from_instances,
     object_statistics,
 )
-from .questions import PopeQuestion, load_questions
+from .questions import PopeQuestion, list_some, load_questions
 from .tasks import ChairTask, Item, PopeTask
 from .vocabulary import ObjectVocabulary
 
@@ -30,6 +30,7 @@ __all__ = [
     "built_pope",
     "embedded_chair",
     "embedded_pope",
+    "load_image_list",
     "local_chair",
     "local_pope",
     "subset",
@@ -213,6 +214,7 @@ def local_chair(
     limit: int | None = None,
     seed: int = 0,
     prompt: str = CAPTION_PROMPT,
+    listed: Path | None = None,
 ) -> ChairTask:
     """CHAIR on an image folder with local ground truth.
 
@@ -225,6 +227,7 @@ def local_chair(
         limit: number of images; None for all.
         seed: seed of their choice.
         prompt: what the user says.
+        listed: file of the only images to caption, see `load_image_list`.
 
     Raises:
         ConfigError: neither or both of `annotations` and `objects`.
@@ -249,7 +252,17 @@ def local_chair(
         named = {name for image in known for name in image.objects}
         if normaliser is None and not named <= set(reader.vocabulary.names):
             reader = TableNormaliser(ObjectVocabulary.from_names(sorted(named)))
-    clusters = subset(files.keys() & truth.keys(), limit, seed)
+    usable = files.keys() & truth.keys()
+    if listed is not None:
+        wanted = load_image_list(listed)
+        absent = [name for name in wanted if name not in usable]
+        if absent:
+            raise DataError(
+                f"{len(absent)} of the {len(wanted)} images of {listed} ({list_some(absent)}) are "
+                f"not in {images} or have no ground truth; complete them, or shorten the list"
+            )
+        usable = set(wanted)
+    clusters = subset(usable, limit, seed)
     if not clusters:
         raise DataError(
             f"none of the {len(files)} images in {images} has ground truth in "
@@ -268,6 +281,27 @@ def local_chair(
         for cluster in clusters
     ]
     return ChairTask(items, reader)
+
+
+def load_image_list(path: Path) -> list[str]:
+    """Image keys of a file: rows with `image_id` or `image`, or one id or file name per line.
+
+    Raises:
+        DataError: the file cannot be used, or names an image twice.
+    """
+    text = read_text(path).strip()
+    if text.startswith(("{", "[{")):
+        rows = [row.get("image_id", row.get("image")) for row in read_rows(path)]
+        names = ["" if name is None else str(name) for name in rows]
+    else:
+        names = text.splitlines()
+    keys = [image_key(name.strip()) for name in names if name.strip()]
+    if not keys or len(set(keys)) < len(names):
+        raise DataError(
+            f"{path}: expected different images, one per row under image_id or image, or one id "
+            "or file name per line"
+        )
+    return keys
 
 
 def _built_items(

@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .presets import preset_remarks
+
 __all__ = [
     "SHOWN",
     "comparison_tables",
@@ -142,6 +144,8 @@ def footnotes(scores: Mapping[str, Any]) -> list[str]:
         for arm in scores["changed_nothing"]
     ]
     lines += [f"[{arm}] {note}" for arm, notes in scores["notes"].items() for note in notes]
+    if "preset" in scores:
+        lines += preset_remarks(scores["preset"])
     if scores["excluded"]:
         lines.append(f"{len(scores['excluded'])} items were left out because of their image")
     return lines

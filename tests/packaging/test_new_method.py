@@ -31,7 +31,7 @@ def gain(tmp_path, monkeypatch):
     monkeypatch.setattr(
         vlm_steer.methods, "__path__", [*vlm_steer.methods.__path__, str(tmp_path / "methods")]
     )
-    monkeypatch.setattr(config, "_presets_folder", lambda: tmp_path / "configs")
+    monkeypatch.setattr(config, "configs_folder", lambda: tmp_path / "configs")
     registry._discovered.clear()
     importlib.invalidate_caches()
     yield

@@ -23,7 +23,10 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_the_wheel_holds_both_packages_their_data_and_the_configurations(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    expected = {f"vlm_steer/configs/{path.name}" for path in (ROOT / "configs").iterdir()}
+    expected = {
+        f"vlm_steer/configs/{path.relative_to(ROOT / 'configs').as_posix()}"
+        for path in (ROOT / "configs").rglob("*.yaml")
+    }
     expected |= {
         "vlm_steer/__init__.py",
         "vlm_steer/py.typed",
