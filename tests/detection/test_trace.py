@@ -6,67 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-import vlm_steer
 from tests.contract.test_contract import two_rows
+from tests.detection.conftest import NEW
 from tests.families import zoo
 from vlm_steer import functional as F
-from vlm_steer.detection import NEEDS, Trace, char_spans, trace_answers, trace_generation
+from vlm_steer.detection import char_spans, trace_answers, trace_generation
 from vlm_steer.engine.hooks import Columns
 from vlm_steer.errors import ConfigError, UnsupportedModelError
-from vlm_steer.generation import encode, render_prompt
-from vlm_steer.tiny import CAPTION_PROMPT, scenes
 
 pytestmark = pytest.mark.filterwarnings("ignore::vlm_steer.errors.SteerWarning")
 
 WORDS = SimpleNamespace(decode=lambda ids, **_: "".join(f" {i}" for i in ids))
-NEW = 12
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return vlm_steer.load_tiny()
-
-
-@pytest.fixture(scope="module")
-def inputs(tiny):
-    """Two prompts of different lengths, the second padded on the left."""
-    prompts = [render_prompt(tiny[1], text) for text in (CAPTION_PROMPT, "Describe the image.")]
-    pictures = [scenes.render(scenes.scene("broken", index)) for index in range(2)]
-    return encode(tiny[1], prompts, pictures)
-
-
-@pytest.fixture(scope="module")
-def answers(tiny, inputs) -> list[Tensor]:
-    with torch.no_grad():
-        output = tiny[0].generate(**inputs, max_new_tokens=NEW, do_sample=False)
-    first, second = output[:, inputs["input_ids"].shape[1] :]
-    return [first, second[: NEW - 4]]
-
-
-@pytest.fixture(scope="module")
-def traces(tiny, inputs, answers) -> list[Trace]:
-    return trace_answers(*tiny, inputs, answers, needs=NEEDS)
-
-
-@pytest.fixture(scope="module")
-def eager(tiny, inputs, answers):
-    """Attentions, logits and states of each prompt with its answer, by itself and unpadded."""
-    model = tiny[0]
-    model.set_attn_implementation("eager")
-    found = []
-    for row, answer in enumerate(answers):
-        kept = inputs["attention_mask"][row].bool()
-        ids = torch.cat([inputs["input_ids"][row][kept], answer])[None]
-        with torch.no_grad():
-            output = model(
-                input_ids=ids,
-                pixel_values=inputs["pixel_values"][row : row + 1],
-                output_attentions=True,
-                output_hidden_states=True,
-            )
-        found.append((int(kept.sum()), output))
-    model.set_attn_implementation("sdpa")
-    return found
 
 
 def assert_equal(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:

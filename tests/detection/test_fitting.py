@@ -1,0 +1,127 @@
+"""Weights are those of scikit-learn, calibration keeps the order, files keep every bit."""
+
+import json
+
+import pytest
+import torch
+
+from vlm_steer import load_tiny
+from vlm_steer.detection import (
+    FittedDetector,
+    build_detector,
+    fit_calibrator,
+    fit_logistic,
+    list_detectors,
+    made_for,
+)
+from vlm_steer.detection.fitting import choose_strength, group_folds
+from vlm_steer.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def planted() -> tuple[torch.Tensor, torch.Tensor]:
+    """Twelve features, of which the first three carry the label."""
+    x = torch.randn(400, 12, dtype=torch.float64)
+    logits = x @ torch.tensor([2.0, -1.5, 1.0] + [0.0] * 9, dtype=torch.float64) - 1
+    return x * 3 + 5, (torch.rand(400) < logits.sigmoid()).long()
+
+
+@pytest.mark.parametrize("is_balanced", [False, True])
+@pytest.mark.parametrize("strength", [0.01, 1.0])
+def test_weights_are_those_of_scikit_learn(planted, strength, is_balanced):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    x, y = planted
+    theirs = linear_model.LogisticRegression(
+        C=strength,
+        class_weight="balanced" if is_balanced else None,
+        max_iter=20_000,
+        tol=1e-10,
+    ).fit(x.numpy(), y.numpy())
+    mine = fit_logistic(x, y, strength=strength, standardise=False, is_balanced=is_balanced)
+    torch.testing.assert_close(mine.coef, torch.tensor(theirs.coef_[0]), atol=2e-5, rtol=0)
+    probability = torch.tensor(theirs.predict_proba(x.numpy())[:, 1])
+    torch.testing.assert_close(mine.logits(x).sigmoid(), probability, atol=1e-5, rtol=0)
+
+
+def test_scaling_a_feature_changes_no_standardised_fit(planted):
+    x, y = planted
+    other = x * torch.logspace(-3, 3, 12) + 7
+    torch.testing.assert_close(
+        fit_logistic(x, y).logits(x), fit_logistic(other, y).logits(other), atol=1e-5, rtol=0
+    )
+
+
+def test_the_strength_is_chosen_on_images_that_were_left_out(planted):
+    x, y = planted
+    groups = [f"image {i // 4}" for i in range(400)]
+    folds = group_folds(groups, 5)
+    assert all(len(set(folds[i : i + 4].tolist())) == 1 for i in range(0, 400, 4))
+    noise = torch.randn(400, 200, dtype=torch.float64)
+    assert choose_strength(noise, y, groups) < choose_strength(x, y, groups)
+
+
+@pytest.mark.parametrize("kind", ["platt", "temperature", "isotonic"])
+def test_a_calibrated_risk_is_a_probability_in_the_same_order(kind):
+    probability = torch.rand(3000, dtype=torch.float64)
+    labels = (torch.rand(3000) < probability).long()
+    risk = 4 * torch.special.logit(probability, eps=1e-6) + (3 if kind != "temperature" else 0)
+    calibrated = fit_calibrator(kind, risk, labels)(risk)
+    assert (calibrated - probability).abs().mean() < 0.03
+    assert (calibrated[risk.argsort()].diff() >= -1e-12).all()
+
+
+def test_what_cannot_be_fitted_is_refused(planted):
+    x, y = planted
+    with pytest.raises(DataError, match="0 hallucinated and 400 grounded"):
+        fit_logistic(x, torch.zeros(400))
+    with pytest.raises(DataError, match="3 hallucinated"):
+        fit_logistic(x[:20], torch.tensor([1.0] * 3 + [0.0] * 17))
+    x[3, 2] = torch.nan
+    with pytest.raises(DataError, match="row 3, column 2"):
+        fit_logistic(x, y)
+    with pytest.raises(DataError, match="3 features were given to weights for 12"):
+        fit_logistic(x.nan_to_num(), y).logits(x[:, :3].nan_to_num())
+
+
+def test_a_saved_detector_is_the_same_bit_for_bit(planted, tmp_path):
+    x, y = planted
+    detector = build_detector("svar", {"heads": "each", "layers": [0, 2]})
+    logistic = fit_logistic(x, y)
+    calibrator = fit_calibrator("isotonic", logistic.logits(x), y)
+    model, processor = load_tiny()
+    saved = FittedDetector(detector, logistic, calibrator, 0.4, made_for(model, processor))
+    saved.save(tmp_path)
+    loaded = FittedDetector.load(tmp_path, model, processor)
+    assert loaded.detector == detector
+    assert loaded.risk_of(x).equal(saved.risk_of(x))
+    assert loaded.threshold == 0.4
+
+
+@pytest.mark.parametrize("field", ["layers", "heads", "chat_template", "cue", "family"])
+def test_a_detector_of_another_model_or_template_is_refused(field, tmp_path):
+    model, processor = load_tiny()
+    FittedDetector(build_detector("position"), made_for=made_for(model, processor)).save(tmp_path)
+    path = tmp_path / "detector.json"
+    about = json.loads(path.read_text())
+    about["made_for"][field] = "other"
+    path.write_text(json.dumps(about))
+    with pytest.raises(ConfigError, match=f"{field} other instead of"):
+        FittedDetector.load(tmp_path, model, processor)
+    with pytest.warns(match="another model or template"):
+        FittedDetector.load(tmp_path, model, processor, strict=False)
+
+
+def test_damaged_files_and_unknown_names_are_told(tmp_path):
+    with pytest.raises(DataError, match=r"detector\.json"):
+        FittedDetector.load(tmp_path)
+    FittedDetector(build_detector("entropy")).save(tmp_path)
+    (tmp_path / "detector.safetensors").write_bytes(b"not a tensor")
+    with pytest.raises(DataError, match="damaged"):
+        FittedDetector.load(tmp_path)
+    with pytest.raises(ConfigError, match="Did you mean 'entropy'"):
+        build_detector("entropi")
+    with pytest.raises(ConfigError, match="no option 'layer'"):
+        build_detector("svar", {"layer": 3})
+    with pytest.raises(ConfigError, match="pool is 'last'"):
+        build_detector("svar", {"pool": "last"})
+    assert {"position", "svar", "lookback_ratio"} <= set(list_detectors())

@@ -1,0 +1,1 @@
+"""The detectors, one subject per file; a file put here is found."""
