@@ -48,6 +48,11 @@ class LargestTensor(TorchDispatchMode):
         "paint",
         "knockout",
         "cca",
+        "pine",
+        "act",
+        "gift",
+        "cmai",
+        "memvr",
         "lookback_ratio",
     ],
 )
@@ -55,6 +60,7 @@ def test_no_tensor_of_a_long_prefill_has_heads_times_sequence_squared_entries(
     setting: str,
 ) -> None:
     heads, side = 4, 60
+    depth = 1 if setting in ("pine", "act") else 2  # these go through every row more than once
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=8,
@@ -68,7 +74,7 @@ def test_no_tensor_of_a_long_prefill_has_heads_times_sequence_squared_entries(
             vocab_size=32,
             hidden_size=32,
             intermediate_size=32,
-            num_hidden_layers=2,
+            num_hidden_layers=depth,
             num_attention_heads=heads,
             num_key_value_heads=heads,
             max_position_embeddings=8192,
@@ -86,16 +92,17 @@ def test_no_tensor_of_a_long_prefill_has_heads_times_sequence_squared_entries(
     assert length == 4000
     pixels = torch.randn(1, 3, 2 * side, 2 * side)
     largest = LargestTensor()
-    with (
-        vlm_steer.steer(model, {**ACTIVE[setting], "layers": "all"}) as steering,
-        torch.no_grad(),
-        largest,
-    ):
+    spec = {**ACTIVE[setting], "layers": "all"}
+    if setting == "pine":  # the image in three parts
+        spec = {"method": "pine", "segments": [[-3700, -2500], [-2500, -1300], [-1300, -100]]}
+    with vlm_steer.steer(model, spec) as steering, torch.no_grad(), largest:
         model(input_ids=ids, pixel_values=pixels, logits_to_keep=1)
     assert setting == "lookback_ratio" or steering.effect()[setting]["layers"]
-    # A mask may be held once for all heads; everything else stays linear in the prompt.
-    edits_mask = setting in ("mma", "cca", "knockout")
-    assert largest.numel <= (length * length if edits_mask else 64 * heads * length)
+    # A mask may be held once for all heads, and the text's attention once; everything else stays
+    # linear in the prompt.
+    allowed = dict.fromkeys(("mma", "cca", "knockout", "pine"), length * length)
+    allowed["cmai"] = 2 * len(text) * length
+    assert largest.numel <= allowed.get(setting, 64 * heads * length)
 
 
 def test_idle_layers_return_the_kernels_result_bitwise() -> None:

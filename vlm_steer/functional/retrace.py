@@ -9,6 +9,8 @@ from torch.nn.functional import silu
 
 from vlm_steer.functional._numeric import safe_divide, upcast
 
+_BLOCK = 64
+
 
 def memvr_retrace(
     mlp_input: Tensor,
@@ -42,10 +44,12 @@ def memvr_retrace(
         New MLP output, shape and dtype of `mlp_output`.
     """
     x, out, memory = upcast(mlp_input), upcast(mlp_output), upcast(visual_embeds)
-    similarity = x @ memory.transpose(-1, -2)
-    if activation == "silu":
-        similarity = silu(similarity)
-    retraced = similarity @ memory
+    # Block by block: a prompt's similarities to all of its image would be as large as its square.
+    blocks = [
+        _activated(rows @ memory.transpose(-1, -2), activation) @ memory
+        for rows in x.split(_BLOCK, dim=1)
+    ]
+    retraced = torch.cat(blocks, dim=1)
     size = safe_divide(_magnitude(out, mask), _magnitude(retraced, mask), otherwise=0.0)
     return ((1 - ratio) * out + ratio * (retraced * size)).to(mlp_output.dtype)
 
@@ -67,6 +71,10 @@ def retrace_uncertainty(logits: Tensor, *, top_k: int = 10) -> Tensor:
     best = upcast(logits).topk(top_k, dim=-1).values.softmax(-1)
     entropy: Tensor = torch.special.entr(best).sum(-1)
     return entropy / math.log(top_k)
+
+
+def _activated(similarity: Tensor, activation: Literal["none", "silu"]) -> Tensor:
+    return silu(similarity) if activation == "silu" else similarity
 
 
 def _magnitude(values: Tensor, mask: Tensor | None) -> Tensor:
