@@ -110,6 +110,18 @@ ACTIVE = {
             {"method": "vcd", "alpha": 0.5, "noise_step": 400},
         ]
     },
+    "guided_decoding": {"method": "guided_decoding", "n_candidates": 3, "chunk_size": 2},
+    "guided_decoding+vcd": {
+        "methods": [
+            {
+                "method": "guided_decoding",
+                "detector": "log_probability",
+                "n_candidates": 3,
+                "chunk_size": 2,
+            },
+            {"method": "vcd", "alpha": 0.5, "noise_step": 400},
+        ]
+    },
     "avisc": {"method": "avisc", "alpha": 1.0},
     "sid": {"method": "sid", "keep": 0.3},
     "rbd": {"method": "rbd", "keep": 0.3},
@@ -157,6 +169,7 @@ NEUTRAL = {
     "act": {"method": "act", "beta": 1.0},
     "gift": {"method": "gift", "alpha": 0.0},
     "cmai": {"method": "cmai", "share": 0.0},
+    "guided_decoding": {"method": "guided_decoding", "n_candidates": 1},
     "lookback_ratio": {"method": "lookback_ratio"},
     "m3id": {"method": "m3id", "lam": 0.0},
     "icd": {"method": "icd", "alpha": 0.0, "beta": 0.0},
@@ -224,6 +237,9 @@ WITHOUT_EFFECT = {
 """(family, setting) that is legal and changes nothing. Reviewed."""
 
 OBSERVERS = {"lookback_ratio"}
+
+WITHOUT_BEAMS = {"guided_decoding", "guided_decoding+vcd"}
+"""Settings that sample, and refuse a beam search in their own test."""
 
 
 def families(*, ci: tuple[str, ...] = CI_FAMILIES) -> list[object]:

@@ -17,7 +17,9 @@ from vlm_steer.functional import (
     decore_logits,
     diffusion_noise,
     dola_logits,
+    draw_tokens,
     early_logit_mix,
+    first_lowest,
     guidance_logits,
     m3id_logits,
     opera_penalty,
@@ -335,3 +337,19 @@ def test_a_token_excluded_by_the_raw_logits_or_a_contrast_stays_excluded() -> No
     changed = torch.tensor([[-torch.inf, 2.0, 3.0]])
     added = add_change(raw + 1, raw, changed)
     assert added.tolist() == [[-torch.inf, 3.0, -torch.inf]]
+
+
+@few
+@given(SEEDS)
+def test_a_token_is_drawn_as_often_as_it_is_likely_and_never_when_ruled_out(seed: int) -> None:
+    scores = random_logits(seed, 1, 5)
+    scores[0, 2] = -torch.inf
+    waiting = torch.empty(4000, 5).exponential_(generator=generator(seed))
+    counts = draw_tokens(scores.expand(4000, -1), waiting).bincount(minlength=5)
+    assert counts[2] == 0
+    torch.testing.assert_close(counts / 4000, scores[0].softmax(-1), rtol=0, atol=0.04)
+
+
+def test_of_equally_low_values_the_first_is_taken() -> None:
+    values = torch.tensor([[3.0, 1.0, 1.0], [2.0, 2.0 - 1e-9, 2.0], [1.0, 0.5, 0.0]])
+    assert first_lowest(values).tolist() == [1, 0, 2]

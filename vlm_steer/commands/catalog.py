@@ -33,6 +33,7 @@ _HOOKS = (
     "logits",
     "plausible",
     "observe",
+    "search",
 )
 
 

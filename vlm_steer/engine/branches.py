@@ -487,6 +487,13 @@ class Branches:
             return beams
         return torch.cat([beams + self._rows * i for i in range(len(self._running) + 1)])
 
+    def take_back(self, n: int) -> None:
+        """Follow a search that forgets the last ``n`` tokens of the user's stream."""
+        for running in self._running:
+            running.mask = running.mask[:, :-n]
+            if not self.is_paired and running.empty_cache is None:
+                running.prompt["past_key_values"].crop(-n)
+
     def release(self, cache: Any) -> None:
         """Leave only the user's rows in the user's cache."""
         if self.is_paired and cache is not None:

@@ -94,6 +94,9 @@ class Call:
         records: Per observer, one tensor per step, ``[batch, layers, ...]``.
         touches: Per method and layer, what was changed, see ``Touch``.
         moved: Per method, probability mass moved between next tokens by its logits hooks.
+        seen: What the ``observe`` hook of a searching method saw in the last pass, by layer.
+        changes: Per searching method, how many choices it made otherwise.
+        traced: ``[sequences, tokens]``, the row in which each token of a search was predicted.
     """
 
     plan: Plan
@@ -104,6 +107,9 @@ class Call:
     records: dict[str, list[Tensor]] = field(default_factory=dict)
     touches: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     moved: dict[int, Tensor] = field(default_factory=dict)
+    seen: dict[int, Tensor] = field(default_factory=dict)
+    changes: dict[int, Tensor] = field(default_factory=dict)
+    traced: Tensor | None = None
     acting_when_decoding: dict[tuple[int, str], "Acting"] = field(default_factory=dict)
 
     @property

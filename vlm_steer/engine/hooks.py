@@ -27,7 +27,9 @@ The hooks, in the order in which data passes them:
 ``select_taps`` layers whose residual stream at the last row the ``logits`` hook sees
 ``logits``      next-token logits, with those of the branches and of the tapped layers
 ``plausible``   which next tokens stay possible
-``observe``     a read-only look at attention weights, returned to the user per generated token
+``observe``     a read-only look at attention weights, returned to the user per generated token,
+                or, in methods with ``search``, to that hook
+``search``      the loop that turns scores into tokens, in place of that of ``generate``
 ==============  =============================================================================
 
 A hook that is not overridden costs nothing.
@@ -40,6 +42,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from vlm_steer.engine.search import Asked, Decoding, Found, SearchSetup
 from vlm_steer.engine.selectors import Selector, check_selector, select
 from vlm_steer.engine.views import (
     At,
@@ -63,10 +66,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LAYER_HOOKS",
+    "Asked",
     "At",
     "Attends",
     "Branch",
     "Columns",
+    "Decoding",
+    "Found",
     "Grid",
     "Insertion",
     "LogitsAt",
@@ -75,6 +81,7 @@ __all__ = [
     "Reference",
     "Rows",
     "Scope",
+    "SearchSetup",
     "Selector",
     "ToLogits",
     "no_logits",
@@ -321,6 +328,19 @@ class Method(metaclass=_Strict):
 
         See ``observes_rows`` for several rows.
         """
+        raise NotImplementedError
+
+    # -- in place of the loop ---------------------------------------------------------------
+    def search_setup(self, asked: Asked) -> SearchSetup:
+        """What ``search`` needs of ``generate``; refuses ways of decoding that it cannot follow.
+
+        Raises:
+            ConfigError: The search does not go with what was asked for.
+        """
+        raise NotImplementedError
+
+    def search(self, decoding: Decoding) -> Found:
+        """Generate until done, in place of the loop; ``num_return_sequences`` texts per prompt."""
         raise NotImplementedError
 
     # -- conveniences -----------------------------------------------------------------------

@@ -216,6 +216,11 @@ class ModelInfo:
         return any("sliding" in kind or "chunked" in kind for kind in kinds)
 
     @property
+    def can_take_back(self) -> bool:
+        """Whether the cache of every layer can forget its last tokens, again and again."""
+        return self.is_all_attention and not (self.has_windows or self.has_cross_attention)
+
+    @property
     def is_all_attention(self) -> bool:
         """Whether every decoder layer attends, none being recurrent, linear or a convolution."""
         depth = getattr(self.text_config, "num_hidden_layers", None)

@@ -112,6 +112,11 @@ class Plan:
         return tuple(bound for bound in self.bounds if bound.method.overrides(hook))
 
     @property
+    def search(self) -> Bound | None:
+        """The method that takes the place of the decoding loop, if any."""
+        return next(iter(self.with_hook("search")), None)
+
+    @property
     def acts_on_logits(self) -> bool:
         """Whether any method changes next-token logits."""
         return bool(self.with_hook("logits") or self.with_hook("plausible"))
@@ -135,6 +140,8 @@ class Plan:
         branches or passes of its own, or the model's positions depend on the whole prompt.
         """
         if self.model.positions != "rotary" or self.model.has_cross_attention:
+            return None
+        if self.search is not None:
             return None
         for bound in self.bounds:
             method = bound.method
@@ -180,6 +187,12 @@ def make_plan(methods: Sequence[Method], model: ModelInfo, processor: Any = None
             )
         if not method.is_neutral():
             bounds.append(_bind(len(bounds), method, model, processor))
+    searches = [bound.method.name for bound in bounds if bound.method.overrides("search")]
+    if len(searches) > 1:
+        raise CompositionError(
+            f"{' and '.join(searches)} each take the place of the decoding loop, of which there is "
+            "one. Choose one of them."
+        )
     work = {
         site: work
         for site in dict.fromkeys(model.sites.values())

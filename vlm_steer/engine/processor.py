@@ -119,7 +119,7 @@ def _refuse_layers(plan: Plan) -> None:
         method = bound.method
         inside = [
             hook
-            for hook in (*LAYER_HOOKS, "positions", "prepare", "select_taps")
+            for hook in (*LAYER_HOOKS, "positions", "prepare", "select_taps", "search")
             if method.overrides(hook) and hook not in method.own
         ]
         if inside:

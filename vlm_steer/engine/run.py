@@ -142,6 +142,16 @@ class Run:
         self.call.step += 1
         return combined
 
+    def take_back(self, n: int) -> None:
+        """Follow a search that forgets the last ``n`` generated tokens."""
+        if self.call is None:
+            return
+        self.call.step -= n
+        for records in self.call.records.values():
+            del records[self.call.step :]
+        if self.branches is not None:
+            self.branches.take_back(n)
+
     def leave(self) -> Forward | Probe | None:
         """Take this thread out of the forward, whatever happened in it."""
         forward = ACTIVE.get()
@@ -313,6 +323,9 @@ class Run:
     # -- closing ------------------------------------------------------------------------------
     def _record(self, forward: Forward) -> None:
         call = forward.call
+        search = self.plan.search
+        if search is not None:
+            call.seen = forward.observed.pop(search.method.name, {})
         for name, layers in forward.observed.items():
             seen = [layers[layer] for layer in sorted(layers)]
             stacked = torch.stack([record.to(seen[0].device) for record in seen], dim=1)

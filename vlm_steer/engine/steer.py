@@ -21,6 +21,7 @@ from vlm_steer.engine import attention
 from vlm_steer.engine.active import ACTIVE, Probe
 from vlm_steer.engine.branches import Backend, Source, intercept, is_capturing
 from vlm_steer.engine.call import Call, states_after
+from vlm_steer.engine.control import Control
 from vlm_steer.engine.hooks import Method
 from vlm_steer.engine.model import ModelInfo, inspect_model, unwrap
 from vlm_steer.engine.plan import Bound, Plan, make_plan
@@ -113,7 +114,8 @@ class Steering:
             Per method: ``layers`` maps a layer to the number of attention or hidden-state rows
             changed, the heads changed (mean over the batch, largest pass), and the attention mass
             moved (sum over rows and heads of half the absolute difference); ``probability_moved``
-            is the same for next-token probabilities, per row. Empty before the first generation.
+            is the same for next-token probabilities, per row. Methods that search have
+            ``choices_changed``, over the whole generation. Empty before the first generation.
         """
         call = self._last
         if call is None:
@@ -130,6 +132,8 @@ class Steering:
                 "layers": layers,
                 "probability_moved": None if moved is None else float(moved),
             }
+            if (changes := call.changes.get(bound.index)) is not None:
+                report[bound.method.name]["choices_changed"] = int(changes)
         return report
 
     def records(self, output: Any = None) -> dict[str, Tensor]:
@@ -148,6 +152,8 @@ class Steering:
         """
         call: Call = self._call_of(output)
         beams = getattr(output, "beam_indices", None)
+        if call.traced is not None:
+            beams = call.traced
         if beams is None:
             rows = _n_sequences(output)
             return {name: _stacked(seen, rows) for name, seen in call.records.items()}
@@ -252,7 +258,7 @@ class Steering:
             for (index, _), touch in call.touches.items():
                 if index not in self._effective and bool((touch > 0).any()):
                     self._effective.add(index)
-            for index, moved in call.moved.items():
+            for index, moved in (call.moved | call.changes).items():
                 if float(moved) > 0:
                     self._effective.add(index)
         self._warn_if_idle()
@@ -466,13 +472,20 @@ class _Installation:
                 return generate(*args, **kwargs)
             raw = {"inputs": args[0], **kwargs} if args else dict(kwargs)
             _refuse_mode(steering.plan, raw)
+            search, control = steering.plan.search, None
+            if search is not None:
+                control = Control(search, self.info.model, raw)
+                raw = control.arguments
             cache = raw.get("past_key_values")
             run = steering.new_run(
                 Source(self.info.model, generate, _inputs_of(raw)), self.earlier(cache)
             )
             token = _GENERATION.set(run)
             try:
-                output = generate(*args, **kwargs)
+                if control is None:
+                    output = generate(*args, **kwargs)
+                else:
+                    output = generate(**raw, custom_generate=control.loop(run))
             finally:
                 _GENERATION.reset(token)
                 run.leave()

@@ -64,6 +64,8 @@ from vlm_steer.functional.retrace import (
 )
 from vlm_steer.functional.search import (
     OverTrustPenalty,
+    draw_tokens,
+    first_lowest,
     opera_penalty,
     vdgd_logits,
 )
@@ -128,7 +130,9 @@ __all__ = [
     "decore_logits",
     "diffusion_noise",
     "dola_logits",
+    "draw_tokens",
     "early_logit_mix",
+    "first_lowest",
     "focus_scores",
     "gift_fuse",
     "gift_saliency",

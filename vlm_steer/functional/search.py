@@ -1,4 +1,4 @@
-"""Scoring candidates while searching (OPERA, VDGD)."""
+"""Drawing and scoring candidates while searching (OPERA, VDGD, guided decoding)."""
 
 from typing import Literal, NamedTuple
 
@@ -58,6 +58,39 @@ def opera_penalty(
     strongest, column = column_scores.max(-1)
     penalty = strongest if size > bonus_length else -masked_sum(a[..., -1, :], visual[:, None, :])
     return OverTrustPenalty(penalty=penalty, anchor=column.flatten())
+
+
+def draw_tokens(scores: Tensor, waiting: Tensor) -> Tensor:
+    """Draws a token from each row's distribution, with the randomness handed in.
+
+    The token whose waiting time divided by its probability is shortest is an exact draw, so the
+    same numbers give the same tokens, whatever else is in the batch.
+
+    Args:
+        scores: unnormalised log-probabilities, `[batch, vocabulary]` float; `-inf` is never drawn.
+        waiting: independent draws of the unit exponential distribution, > 0, broadcastable to
+            `scores`.
+
+    Returns:
+        int64 `[batch]`.
+    """
+    return (upcast(scores) - upcast(waiting).log()).argmax(-1)
+
+
+def first_lowest(values: Tensor, *, tolerance: float = 1e-6) -> Tensor:
+    """Returns the place of the lowest value, the first of those that are equally low.
+
+    Args:
+        values: `[..., candidates]` float.
+        tolerance: differences that count as none, >= 0.
+
+    Returns:
+        int64 `[...]`.
+    """
+    values = upcast(values)
+    is_lowest = values <= values.amin(-1, keepdim=True) + tolerance
+    place = torch.arange(values.shape[-1], device=values.device)
+    return torch.where(is_lowest, place, values.shape[-1]).amin(-1)
 
 
 def vdgd_logits(

@@ -24,6 +24,7 @@ _OTHER_HOOKS = (
     "select_taps",
     "logits",
     "plausible",
+    "search",
     "observe",
 )
 _SEATS = 1 << 16
