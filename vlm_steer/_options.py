@@ -24,7 +24,16 @@ from vlm_steer.registry import did_you_mean
 if TYPE_CHECKING:
     from vlm_steer.engine.hooks import Method
 
-__all__ = ["Option", "build", "check_values", "describe", "option_names", "plain", "refuse_ignored"]
+__all__ = [
+    "Option",
+    "build",
+    "check_fields",
+    "check_values",
+    "describe",
+    "option_names",
+    "plain",
+    "refuse_ignored",
+]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -98,16 +107,39 @@ def check_values(
     cls: "type[Method]", written: Mapping[str, object], place: Place
 ) -> dict[str, Any]:
     """Check names and types of written options and return their Python values."""
-    names, unused = option_names(cls), _unused(cls)
+    unused = _unused(cls)
     for name in written:
         if name in unused:
             raise _without_effect(cls.name, name, unused[name], place)
+    return check_fields(cls, option_names(cls), written, place, cls.name)
+
+
+def check_fields(
+    cls: type, names: Sequence[str], written: Mapping[str, object], place: Place, owner: str
+) -> dict[str, Any]:
+    """Check what is written for fields of a dataclass and return the Python values.
+
+    Args:
+        cls: The dataclass.
+        names: Those of its fields that may be written.
+        written: Plain data.
+        place: Where it was written.
+        owner: What messages call the dataclass.
+
+    Raises:
+        ConfigError: A name is unknown, or a value is of the wrong type.
+    """
+    for name in written:
         if name not in names:
             raise place[name].error(
-                f"unknown option {name!r} for {cls.name}.{did_you_mean(str(name), names)} "
+                f"unknown option {name!r} for {owner}.{did_you_mean(str(name), names)} "
                 f"It has {', '.join(sorted(names))}."
             )
-    return {name: _check(cls, name, value, place[name]) for name, value in written.items()}
+    hints = _hints(cls)
+    return {
+        name: _check(hints[name], f"{owner}: {name}", value, place[name])
+        for name, value in written.items()
+    }
 
 
 def refuse_ignored(method: "Method", written: Mapping[str, object], place: Place) -> None:
@@ -143,8 +175,7 @@ def _without_effect(method: str, option: str, reason: str, place: Place) -> Conf
     return place[option].error(without_effect(method, option, reason))
 
 
-def _check(cls: "type[Method]", name: str, value: object, place: Place) -> Any:
-    hint = _hints(cls)[name]
+def _check(hint: Any, name: str, value: object, place: Place) -> Any:
     try:
         # Strict JSON mode: lists may become tuples and integers floats, but true is not a number,
         # "0.5" is not one either, and neither NaN nor infinity exists.
@@ -153,9 +184,9 @@ def _check(cls: "type[Method]", name: str, value: object, place: Place) -> Any:
     except (TypeError, ValueError) as error:
         problem = error.errors()[0] if isinstance(error, ValidationError) else None
         if problem is not None and problem["type"] == "value_error":
-            raise place.error(f"{cls.name}: {name}: {problem['ctx']['error']}") from None
+            raise place.error(f"{name}: {problem['ctx']['error']}") from None
         raise place.error(
-            f"{cls.name}: {name} must be {_in_words(hint)}, not {_shown(value)}.{_unquote(value)}"
+            f"{name} must be {_in_words(hint)}, not {_shown(value)}.{_unquote(value)}"
         ) from None
 
 
@@ -170,7 +201,7 @@ def _blaming_option(place: Place, written: Mapping[str, object]) -> Iterator[Non
         raise (place if named is None else place[named]).error(str(error)) from None
 
 
-def _hints(cls: "type[Method]") -> dict[str, Any]:
+def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)
 
 

@@ -40,6 +40,7 @@ __all__ = [
     "list_presets",
     "read_yaml",
     "resolve",
+    "resolve_data",
 ]
 
 VERSION = 1
@@ -84,6 +85,19 @@ def resolve(spec: Spec) -> "tuple[Method, ...]":
         f"a {type(spec).__name__} does not say what to steer. Give a name such as 'var', names "
         "joined by '+', a mapping, a YAML path, a method, a list of these, or None."
     )
+
+
+def resolve_data(data: object, place: Place) -> "tuple[Method, ...]":
+    """The methods that the contents of a file stand for, ``include`` excepted.
+
+    Args:
+        data: The contents as plain data.
+        place: Where they were written, for messages.
+
+    Raises:
+        ConfigError: A name or an option is wrong.
+    """
+    return _from_mapping(data, place, folder=None)
 
 
 def dump(methods: "Sequence[Method]") -> dict[str, Any]:

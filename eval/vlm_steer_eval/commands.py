@@ -1,4 +1,4 @@
-"""The commands of the harness: `eval BENCHMARK`, `score BENCHMARK`, `compare` and `demo`.
+"""The commands of the harness: `eval BENCHMARK`, `score BENCHMARK`, `compare`, `tune` and `demo`.
 
 Nothing heavy is imported until a command runs, so that help is instant.
 """
@@ -27,6 +27,7 @@ from .command_score import (
     score_opope,
     score_pope,
 )
+from .command_tune import tune
 
 __all__ = ["register"]
 
@@ -93,6 +94,7 @@ def register(app: typer.Typer) -> None:
         epilog="Example: vlm-steer compare runs/chair runs/chair_beams --trivial "
         "chair_beams/none --output out",
     )(compare)
+    app.command("tune", epilog="Example: vlm-steer tune pai_captions.yaml --output runs/tune")(tune)
     app.command("demo", epilog="Example: vlm-steer demo --output demo")(demo)
 
 

@@ -26,7 +26,7 @@ from .images import ImageError
 from .tasks import Item, Task
 from .workers import Workers
 
-__all__ = ["RunResult", "run_arms"]
+__all__ = ["RunResult", "check_images", "run_arms"]
 
 LOG_NAME = "generations.jsonl"
 RUN_NAME = "run.json"
@@ -94,7 +94,7 @@ def run_arms(
         SteerError: memory runs out with a batch of one, or the model cannot be steered as asked.
     """
     _refuse_other_benchmark(output / RUN_NAME, task.name)
-    digests, failures = _check_images(task.items)
+    digests, failures = check_images(task.items)
     usable = [item for item in task.items if item.id in digests]
     if not usable:
         raise DataError(
@@ -326,7 +326,7 @@ def _refuse_other_benchmark(path: Path, name: str) -> None:
         )
 
 
-def _check_images(items: Sequence[Item]) -> tuple[dict[str, str], list[dict[str, str]]]:
+def check_images(items: Sequence[Item]) -> tuple[dict[str, str], list[dict[str, str]]]:
     """Content hashes by item, and the items whose image cannot be decoded.
 
     Every image is decoded once up front: a bad file is reported now and not hours later.

@@ -13,7 +13,7 @@ from .counts import COUNTS_NAME, Unit, read_units
 from .files import read_json, read_rows
 from .questions import list_some
 
-__all__ = ["Cost", "RunArm", "Runs", "load_runs"]
+__all__ = ["Cost", "RunArm", "Runs", "load_runs", "read_costs"]
 
 _SCORING = (
     "parser",
@@ -150,7 +150,7 @@ def _arms(folder: Path, scores: Mapping[str, Any], *, several: bool) -> list[Run
     width = len(BENCHMARKS[scores["benchmark"]].columns)
     units = read_units(folder / COUNTS_NAME, width)
     samples = _samples(folder / "samples.jsonl", units)
-    costs = _costs(sorted(folder.glob("timings*.jsonl")))
+    costs = read_costs(sorted(folder.glob("timings*.jsonl")))
     label = folder.resolve().name
     is_scored = "arms" not in scores
     return [
@@ -180,7 +180,8 @@ def _samples(
     }
 
 
-def _costs(paths: Sequence[Path]) -> dict[str, Cost]:
+def read_costs(paths: Sequence[Path]) -> dict[str, Cost]:
+    """Arm -> what it cost, summed over logs of timings."""
     costs: dict[str, Cost] = {}
     for line in (line for path in paths for line in path.read_text(encoding="utf-8").splitlines()):
         try:

@@ -1,0 +1,75 @@
+"""The command that tunes a steering."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlm_steer.commands.options import (
+    Attn,
+    BatchSize,
+    DeviceMap,
+    Dtype,
+    Quantization,
+    Revision,
+)
+
+from .command_options import OutputFolder, Resamples
+from .command_run import loading_options
+
+__all__ = ["tune"]
+
+
+def tune(
+    file: Annotated[
+        Path,
+        typer.Argument(help="A steering with ranges, and the section tune.", metavar="FILE.yaml"),
+    ],
+    output: OutputFolder,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Instead of the file's.", rich_help_panel="Model"),
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option("--trials", min=1, help="Settings to try, instead of the file's.")
+    ] = None,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, help="Processes on this machine.")
+    ] = 1,
+    join: Annotated[
+        bool,
+        typer.Option("--join", help="Only add trials to a study that another process concludes."),
+    ] = False,
+    choose: Annotated[
+        int | None,
+        typer.Option("--choose", min=0, help="Confirm this trial, instead of the rule's choice."),
+    ] = None,
+    resamples: Resamples = 10_000,
+    batch_size: BatchSize = 32,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    quantization: Quantization = None,
+    revision: Revision = None,
+    attn: Attn = None,
+) -> None:
+    """Search the options of a steering, and confirm the best one on other images."""
+    from .tuning.run import Request
+    from .tuning.run import tune as run
+
+    outcome = run(
+        Request(
+            file=file,
+            output=output,
+            overrides={"model": model, "trials": trials},
+            loading=loading_options(dtype, device_map, quantization, revision, attn),
+            batch_size=batch_size,
+            n_resamples=resamples,
+            workers=workers,
+            join=join,
+            choice=choose,
+        ),
+        tell=lambda text: typer.echo(text, err=True),
+    )
+    if outcome is not None:
+        typer.echo(outcome.text, nl=False)
+        typer.echo(f"winner: {outcome.winner}")
