@@ -1,4 +1,4 @@
-"""Steering vectors on disk: one direction per decoder layer, and what they were made of."""
+"""Steering vectors on disk: one direction per layer, and what they were made of."""
 
 import json
 import os
@@ -18,25 +18,27 @@ if TYPE_CHECKING:
 
 __all__ = ["Directions"]
 
-_KEY = "directions"
+_KEY, _VISUAL = "directions", "visual"
 _FORMAT = "vlm_steer.directions/1"
 
 
 @dataclass(frozen=True, eq=False)
 class Directions:
-    """One direction per decoder layer.
+    """One direction per decoder layer, and perhaps one per layer of the vision tower.
 
     Attributes:
         vectors: ``[layers, hidden]`` float32.
         method: The method they were made for.
         family: ``model_type`` of the model they were made on.
         made_of: What they were made of, as plain data.
+        visual: ``[vision layers, vision hidden]`` float32, or ``None``.
     """
 
     vectors: Tensor
     method: str
     family: str
     made_of: dict[str, object]
+    visual: Tensor | None = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write them to a safetensors file."""
@@ -46,8 +48,9 @@ class Directions:
             "family": self.family,
             "made_of": json.dumps(self.made_of),
         }
-        vectors = self.vectors.detach().float().cpu().contiguous()
-        save_file({_KEY: vectors}, path, metadata=metadata)
+        named = {_KEY: self.vectors} | ({} if self.visual is None else {_VISUAL: self.visual})
+        tensors = {name: v.detach().float().cpu().contiguous() for name, v in named.items()}
+        save_file(tensors, path, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Directions":
@@ -62,22 +65,25 @@ class Directions:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT or list(file.keys()) != [_KEY]:
+                names = set(file.keys())
+                if metadata.get("format") != _FORMAT or names not in ({_KEY}, {_KEY, _VISUAL}):
                     raise DataError(
                         f"{name} holds no directions of vlm-steer (format "
                         f"{metadata.get('format')!r} instead of {_FORMAT!r}). Make them with "
                         "vlm-steer build."
                     )
-                vectors = file.get_tensor(_KEY)
+                tensors = {name: file.get_tensor(name).float() for name in names}
         except SafetensorError as error:
             raise DataError(f"{name} is no safetensors file, or is damaged: {error}.") from error
-        if vectors.ndim != 2 or not bool(torch.isfinite(vectors).all()):
-            raise DataError(
-                f"{name} holds a tensor of shape {list(vectors.shape)} or with values that are "
-                "not finite; directions are finite and of shape [layers, hidden]."
-            )
+        for vectors in tensors.values():
+            if vectors.ndim != 2 or not bool(torch.isfinite(vectors).all()):
+                raise DataError(
+                    f"{name} holds a tensor of shape {list(vectors.shape)} or with values that are "
+                    "not finite; directions are finite and of shape [layers, hidden]."
+                )
         return cls(
-            vectors=vectors.float(),
+            vectors=tensors[_KEY],
+            visual=tensors.get(_VISUAL),
             method=metadata.get("method", ""),
             family=metadata.get("family", ""),
             made_of=json.loads(metadata.get("made_of", "{}")),
@@ -98,3 +104,22 @@ class Directions:
                 f"on {model.family} with {size[0]} layers of {size[1]}. Make them anew with "
                 "vlm-steer build."
             )
+
+    def check_visual(self, method: str, model: "ModelInfo") -> Tensor:
+        """The directions of the vision tower, ``[layers, hidden]``.
+
+        Raises:
+            ConfigError: There are none, or they were made for another vision tower.
+        """
+        if self.visual is None:
+            raise ConfigError(
+                f"{method}: these directions hold none for the vision tower. Make them anew with "
+                "vlm-steer build vti --visual-trials 50."
+            )
+        n_layers = len(model.vision_layers)
+        if self.visual.shape[0] != n_layers:
+            raise ConfigError(
+                f"{method}: these directions are for a vision tower of {self.visual.shape[0]} "
+                f"layers, but this one has {n_layers}. Make them anew with vlm-steer build vti."
+            )
+        return self.visual

@@ -34,6 +34,31 @@ def test_directions_are_built_and_steer(run, pairs, pictures, tmp_path):
     assert json.loads(out)["effects"][0]["vti"]["layers"]["0"]["rows"] > 0
 
 
+def test_visual_directions_are_built_and_steer(run, pairs, pictures, tmp_path):
+    output = tmp_path / "d.safetensors"
+    options = ("--model", "tiny", "--pairs", pairs, "--images", "/", "--output", output)
+    code, out, _ = run("build", "vti", *options, "--visual-trials", 2, "--mask", 0.9)
+    assert code == 0
+    assert "6 of 128 for the vision tower, from 2 masks each" in out
+    made = Directions.load(output)
+    assert made.visual.shape == (6, 128)
+    assert (made.visual.norm(dim=1) > 0).all()
+    code, out, _ = run(
+        *("generate", "--model", "tiny", "--image", pictures[0], "--prompt", "What is there?"),
+        *("--method", "vti", "--set", f"vti.directions={output}", "--set", "vti.visual_alpha=4"),
+        *("--max-new-tokens", 2, "--json"),
+    )
+    assert code == 0
+    assert json.loads(out)["effects"][0]["vti"]["vision_states"] > 0
+
+
+def test_a_share_of_patches_above_one_is_refused(run, pairs, tmp_path):
+    options = ("--model", "tiny", "--pairs", pairs, "--images", "/", "--mask", 1.5)
+    code, _, err = run("build", "vti", *options, "--output", tmp_path / "d.safetensors")
+    assert code == 2
+    assert "--mask 1.5" in err
+
+
 def test_a_file_is_not_overwritten(run, pairs, tmp_path):
     output = tmp_path / "d.safetensors"
     output.write_bytes(b"mine")

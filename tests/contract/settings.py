@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.families import zoo
 from vlm_steer.directions import Directions
@@ -81,6 +81,17 @@ ACTIVE = {
         "site": "residual",
         "strength": 0.4,
         "layers": [0.25, 0.75],
+    },
+    "vti_visual+vcd": lambda family: {
+        "methods": [
+            {
+                "method": "vti",
+                "directions": directions_for(family),
+                "strength": 0.0,
+                "visual_alpha": 3.0,
+            },
+            {"method": "vcd", "alpha": 0.5, "noise_step": 400},
+        ]
     },
     "decore": lambda family: {"method": "decore", "head_file": heads_for(family), "n_heads": 3},
     "decore_uniform+vcd": lambda family: {
@@ -273,8 +284,12 @@ def directions_for(family: str) -> str:
     info = inspect_model(zoo.load(family).model)
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(info.n_layers, zoo.HIDDEN, generator=generator)
+    layer, _ = info.vision_layers[0]
+    width = next(module for module in layer.modules() if isinstance(module, nn.Linear)).in_features
+    visual = torch.randn(len(info.vision_layers), width, generator=generator)
     path = zoo.build(family).with_suffix(".safetensors")
-    Directions(vectors=vectors, method="vti", family=info.family, made_of={}).save(path)
+    made = Directions(vectors=vectors, method="vti", family=info.family, made_of={}, visual=visual)
+    made.save(path)
     return str(path)
 
 

@@ -17,6 +17,7 @@ from vlm_steer import functional as F
 from vlm_steer.commands.directions import from_pairs, read_pairs
 from vlm_steer.directions import Directions
 from vlm_steer.engine.hooks import Reference
+from vlm_steer.engine.pictures import with_masked_patches
 from vlm_steer.engine.steer import last_hidden_states
 from vlm_steer.errors import ConfigError, DataError
 from vlm_steer.methods.vista import VISTA
@@ -251,3 +252,84 @@ def test_pairs_that_cannot_be_read_are_named_by_line(pairs_file: Path, text: str
     pairs_file.write_text(text)
     with pytest.raises(DataError, match=why):
         read_pairs(pairs_file, pairs_file.parent)
+
+
+@pytest.mark.parametrize("site", ["mlp", "residual"])
+def test_the_visual_half_turns_what_the_vision_tower_writes(site: str) -> None:
+    family = zoo.load("llava")
+    row = family.batch([family.inputs(seed=3)])
+    path = directions_for("llava")
+    visual = Directions.load(path).visual
+    assert visual is not None
+    options = {"method": "vti", "directions": path, "strength": 0.0, "site": site}
+    with vlm_steer.steer(family.model, {**options, "visual_alpha": 2.0}) as steering:
+        steered = generate(family, row, max_new_tokens=2)
+        effect = steering.effect()["vti"]
+    base = generate(family, row, max_new_tokens=2)
+    handles = []
+    layers = family.model.model.vision_tower.encoder.layers
+    for direction, layer in zip(visual, layers, strict=True):
+        module = layer.mlp if site == "mlp" else layer
+        handles.append(
+            module.register_forward_hook(
+                lambda m, a, out, d=direction: F.vti_shift(out, d, strength=2.0), prepend=True
+            )
+        )
+    expected = generate(family, row, max_new_tokens=2)
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(steered, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(steered, base, atol=1e-2)
+    assert effect["vision_states"] == 2 * 17  # layers, patches and the class token
+    assert effect["layers"] == {}
+
+
+def test_a_branch_sees_the_image_as_it_is_unless_the_scope_says_so() -> None:
+    family = zoo.load("llava")
+    batch = two_rows(family)
+    vti = {"method": "vti", "directions": directions_for("llava"), "strength": 0.0}
+    seen: dict[str, Tensor] = {}
+
+    class Looks(vlm_steer.get_method("vcd")):  # type: ignore[misc]
+        def logits(self, logits: Tensor, at: object) -> Tensor:
+            seen[scope] = at.branches["noised"]  # type: ignore[attr-defined]
+            return super().logits(logits, at)  # type: ignore[no-any-return]
+
+    for scope in ("none", "positive", "all"):
+        methods = [] if scope == "none" else [vti | {"visual_alpha": 2.0, "scope": scope}]
+        with vlm_steer.steer(family.model, [*methods, Looks()]):
+            generate(family, batch, max_new_tokens=1)
+    torch.testing.assert_close(seen["positive"], seen["none"], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(seen["all"], seen["none"], atol=1e-2)
+
+
+def test_directions_without_a_visual_half_are_refused_where_it_is_needed(tmp_path: Path) -> None:
+    family = zoo.load("llava")
+    made = Directions.load(directions_for("llava"))
+    path = tmp_path / "d.safetensors"
+    options = {"method": "vti", "directions": str(path), "visual_alpha": 0.9}
+    for visual, why in ((None, "--visual-trials"), (torch.ones(3, 32), "this one has 2")):
+        Directions(made.vectors, "vti", made.family, {}, visual).save(path)
+        with pytest.raises(ConfigError, match=why):
+            vlm_steer.attach(family.model, options)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_masked_patches_become_the_mean_colour_of_their_image(name: str) -> None:
+    family = zoo.load(name)
+    batch = family.batch([family.inputs(images=2)])
+    generator = torch.Generator().manual_seed(1)
+    masked = with_masked_patches(batch, zoo.PATCH, share=0.75, generator=generator)["pixel_values"]
+    pixels = batch["pixel_values"]
+    if name == "llava":
+        is_new = (masked != pixels).any(dim=1)
+        cells = is_new.reshape(2, 4, 8, 4, 8).float().mean(dim=(2, 4))
+        assert cells.sum(dim=(1, 2)).tolist() == [12, 12]
+        means = pixels.mean(dim=(2, 3), keepdim=True).expand_as(pixels)
+    else:
+        is_new = (masked != pixels).any(dim=1)
+        assert int(is_new.sum()) == 36
+        colours = pixels.reshape(2, 24, 3, -1).mean(dim=(1, 3))
+        means = colours.repeat_interleave(24, dim=0).repeat_interleave(128, dim=1)
+    where = is_new[:, None].expand_as(pixels)
+    torch.testing.assert_close(masked[where], means[where])

@@ -56,6 +56,18 @@ def vti(
             "code), or the mean alone.",
         ),
     ] = "mean_plus_component",
+    visual_trials: Annotated[
+        int,
+        typer.Option(
+            "--visual-trials",
+            min=0,
+            help="Random masks per image for the directions of the vision tower; 0 for none. The "
+            "authors use 50.",
+        ),
+    ] = 0,
+    mask: Annotated[
+        float, typer.Option("--mask", help="Share of the patches that each mask hides, in (0, 1].")
+    ] = 0.99,
     limit: Limit = None,
     batch_size: BatchSize = 1,
     dtype: Dtype = "auto",
@@ -66,6 +78,8 @@ def vti(
 ) -> None:
     """Make the directions of vti from pairs of correct and hallucinated captions."""
     _refuse_output(output, ".safetensors")
+    if not 0 < mask <= 1:
+        raise ConfigError(f"--mask {mask} is no share; give a number above 0 and at most 1.")
     from vlm_steer.commands import directions
 
     found = directions.read_pairs(pairs, images)[:limit]
@@ -80,10 +94,23 @@ def vti(
         revision=revision,
         attn=attn,
     )
-    made = directions.from_pairs(loaded, processor, found, form=form, batch_size=batch_size)
+    made = directions.from_pairs(
+        loaded,
+        processor,
+        found,
+        form=form,
+        batch_size=batch_size,
+        visual_trials=visual_trials,
+        mask_share=mask,
+    )
     made.save(output)
     layers, hidden = made.vectors.shape
     typer.echo(f"{output}: {layers} directions of {hidden}, from {len(found)} pairs.")
+    if made.visual is not None:
+        layers, hidden = made.visual.shape
+        typer.echo(
+            f"and {layers} of {hidden} for the vision tower, from {visual_trials} masks each."
+        )
 
 
 def decore(

@@ -29,6 +29,7 @@ _HOOKS = (
     "heads",
     "mlp",
     "hidden",
+    "vision",
     "select_taps",
     "logits",
     "plausible",

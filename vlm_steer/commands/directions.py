@@ -13,9 +13,11 @@ from tqdm import tqdm  # type: ignore[import-untyped]  # ships no types
 
 from vlm_steer import functional as F
 from vlm_steer.directions import Directions
-from vlm_steer.engine.model import unwrap
+from vlm_steer.engine.model import inspect_model, unwrap
+from vlm_steer.engine.pictures import with_masked_patches
 from vlm_steer.engine.steer import last_hidden_states
-from vlm_steer.errors import DataError
+from vlm_steer.engine.vision import vision_states
+from vlm_steer.errors import DataError, UnsupportedModelError
 from vlm_steer.generation import encode, halving, render_prompt
 from vlm_steer.images import open_image
 
@@ -90,8 +92,13 @@ def from_pairs(
     *,
     form: Literal["mean", "mean_plus_component"],
     batch_size: int = 1,
+    visual_trials: int = 0,
+    mask_share: float = 0.99,
 ) -> Directions:
     """Directions from hallucinated to correct captions, at their last token.
+
+    With ``visual_trials``, also those from the states of each image in the vision tower to their
+    mean over that many random masks.
 
     Args:
         model: The model, every intervention on it is off meanwhile.
@@ -99,7 +106,17 @@ def from_pairs(
         pairs: The captions.
         form: See ``functional.steering_direction``.
         batch_size: Pairs at once; halved when memory runs out.
+        visual_trials: Masks per image; 0 for no visual directions.
+        mask_share: Share of the patches that a mask hides, above 0, at most 1.
+
+    Raises:
+        UnsupportedModelError: The vision tower cannot be looked into.
     """
+    visual = None
+    if visual_trials > 0:
+        # A component per layer: those of different layers have nothing to do with each other.
+        per_layer = _visual(model, processor, pairs, visual_trials, mask_share).unbind(dim=1)
+        visual = torch.stack([F.steering_direction(layer, form=form) for layer in per_layer])
     with tqdm(total=len(pairs), unit="pair", disable=None) as bar:
 
         def work(batch: Sequence[Pair]) -> list[Tensor]:
@@ -117,8 +134,35 @@ def from_pairs(
             "model": str(unwrap(model).config.name_or_path),
             "pairs": len(pairs),
             "form": form,
+            **({} if visual is None else {"visual_trials": visual_trials, "mask": mask_share}),
         },
+        visual=visual,
     )
+
+
+def _visual(model: Any, processor: Any, pairs: Sequence[Pair], trials: int, share: float) -> Tensor:
+    """``[images, layers, hidden]``: states of masked images, mean over masks, minus the image's."""
+    base = unwrap(model)
+    info = inspect_model(base)
+    layers = [layer for layer, _ in info.vision_layers]
+    patch = getattr(getattr(base.config, "vision_config", None), "patch_size", None)
+    if not layers or not isinstance(patch, int) or not hasattr(base, "get_image_features"):
+        raise UnsupportedModelError(
+            f"{info.family} does not tell the layers or the patches of its vision tower. Leave "
+            "--visual-trials out."
+        )
+    generator = torch.Generator().manual_seed(0)
+    images = list(dict.fromkeys(pair.image for pair in pairs))
+    differences = []
+    for image in tqdm(images, unit="image", disable=None):
+        inputs = encode(processor, [render_prompt(processor, "")], [open_image(image)])
+        given = dict(inputs.to(base.device, dtype=base.dtype))
+        mean = torch.zeros(())
+        for _ in range(trials):
+            masked = with_masked_patches(given, patch, share=share, generator=generator)
+            mean = mean + vision_states(base, layers, masked).cpu() / trials
+        differences.append(mean - vision_states(base, layers, given).cpu())
+    return torch.stack(differences)
 
 
 def _states(model: Any, processor: Any, pairs: Sequence[Pair], captions: Sequence[str]) -> Tensor:

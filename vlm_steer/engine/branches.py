@@ -359,6 +359,8 @@ class Branches:
             and past == 0
             and kwargs.get("past_key_values") is not None
             and not (lacks_image and self.call.plan.model.has_cross_attention)
+            # Images of all streams would be encoded together, and changed together.
+            and not (self.call.plan.vision and pixel_names(kwargs))
         )
         joined = None
         if can_pair:

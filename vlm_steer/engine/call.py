@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from vlm_steer.engine.active import AttentionSite
 from vlm_steer.engine.grid import grid_of
-from vlm_steer.engine.hooks import At, Columns, Grid, PromptAt, Rows
+from vlm_steer.engine.hooks import At, Columns, Grid, PromptAt, Rows, VisionAt
 from vlm_steer.engine.layout import Layout
 from vlm_steer.engine.model import one_stream
 from vlm_steer.engine.plan import Bound, Plan, Work
@@ -23,7 +23,17 @@ from vlm_steer.errors import UnsupportedModelError
 
 Mask: TypeAlias = Tensor | BlockMask
 
-__all__ = ["Call", "Forward", "Mask", "Stream", "Touch", "dense_rows", "fit", "states_after"]
+__all__ = [
+    "Call",
+    "Encoding",
+    "Forward",
+    "Mask",
+    "Stream",
+    "Touch",
+    "dense_rows",
+    "fit",
+    "states_after",
+]
 
 _MEASURED_STEPS = 2
 
@@ -96,6 +106,7 @@ class Call:
         moved: Per method, probability mass moved between next tokens by its logits hooks.
         seen: What the ``observe`` hook of a searching method saw in the last pass, by layer.
         changes: Per searching method, how many choices it made otherwise.
+        vision: Per method, states that it changed in the vision tower.
         traced: ``[sequences, tokens]``, the row in which each token of a search was predicted.
     """
 
@@ -109,6 +120,7 @@ class Call:
     moved: dict[int, Tensor] = field(default_factory=dict)
     seen: dict[int, Tensor] = field(default_factory=dict)
     changes: dict[int, Tensor] = field(default_factory=dict)
+    vision: dict[int, Tensor] = field(default_factory=dict)
     traced: Tensor | None = None
     acting_when_decoding: dict[tuple[int, str], "Acting"] = field(default_factory=dict)
 
@@ -116,6 +128,34 @@ class Call:
     def is_measured(self) -> bool:
         """Whether effects are being measured: the prompt and the first decoding step are."""
         return self.step < _MEASURED_STEPS
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """Images being encoded under a plan.
+
+    Attributes:
+        plan: What acts where.
+        is_positive: Whether they are the user's own, not a branch's.
+        changed: Per method, states that it changed.
+    """
+
+    plan: Plan
+    is_positive: bool
+    changed: dict[int, Tensor]
+
+    def edit(self, site: Literal["mlp", "residual"], layer: int, states: Tensor) -> Tensor:
+        """Apply ``vision`` hooks to ``[..., hidden]``."""
+        for bound in self.plan.vision:
+            scope = bound.method.scope
+            if scope != "all" and (scope == "positive") != self.is_positive:
+                continue
+            at = VisionAt(layer, site, bound.constants)
+            new = bound.method.vision(states, at).to(states.dtype)
+            count = (new != states).any(dim=-1).sum()
+            self.changed[bound.index] = count + self.changed.get(bound.index, 0)
+            states = new
+        return states
 
 
 @dataclass(frozen=True, slots=True)

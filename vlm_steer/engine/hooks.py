@@ -24,6 +24,7 @@ The hooks, in the order in which data passes them:
 ``heads``       per-head outputs before the output projection
 ``mlp``         output of a layer's MLP
 ``hidden``      residual stream after a layer
+``vision``      states in the layers of the vision tower
 ``select_taps`` layers whose residual stream at the last row the ``logits`` hook sees
 ``logits``      next-token logits, with those of the branches and of the tapped layers
 ``plausible``   which next tokens stay possible
@@ -57,6 +58,7 @@ from vlm_steer.engine.views import (
     Rows,
     Scope,
     ToLogits,
+    VisionAt,
     no_logits,
 )
 from vlm_steer.errors import ConfigError, without_effect
@@ -84,12 +86,13 @@ __all__ = [
     "SearchSetup",
     "Selector",
     "ToLogits",
+    "VisionAt",
     "no_logits",
 ]
 
 LAYER_HOOKS = (
     *("embeds", "mask", "marks", "carry", "scores", "tally", "weights", "look", "choose"),
-    *("heads", "mlp", "hidden", "observe"),
+    *("heads", "mlp", "hidden", "observe", "vision"),
 )
 
 
@@ -306,6 +309,14 @@ class Method(metaclass=_Strict):
     def hidden(self, hidden: Tensor, at: At) -> Tensor:
         """``[batch, rows, hidden]`` residual stream after the layer; same shape back."""
         return hidden
+
+    def vision(self, states: Tensor, at: VisionAt) -> Tensor:
+        """``[..., hidden]`` states of image patches in the vision tower; same shape back.
+
+        Called twice in each of its layers, see ``VisionAt.site``. Images that a branch takes over
+        encoded are the user's, and changed as the user's are.
+        """
+        return states
 
     def logits(self, logits: Tensor, at: LogitsAt) -> Tensor:
         """``[batch, vocabulary]`` float32 next-token logits; same shape back."""

@@ -156,6 +156,19 @@ class ModelInfo:
         return str(self.configs[0]._attn_implementation)
 
     @cached_property
+    def vision_layers(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
+        """Layers of the vision tower, each with its MLP; none where there is no such tower."""
+        of_text = {id(module) for module in self.decoder.modules()}
+        towers = [
+            [(layer, _mlp(layer)) for layer in layers]
+            for layers in self.model.modules()
+            if isinstance(layers, nn.ModuleList) and not {id(layer) for layer in layers} & of_text
+        ]
+        found = [[(layer, mlp) for layer, mlp in tower if mlp is not None] for tower in towers]
+        found.sort(key=len, reverse=True)
+        return tuple(found[0]) if found else ()
+
+    @cached_property
     def geometry(self) -> Geometry:
         """How its image tokens lie in their image."""
         return geometry_of(self.model)

@@ -30,8 +30,10 @@ __all__ = [
     "pictures_by_row",
     "shapes_of",
     "with_blank",
+    "with_masked_patches",
 ]
 
+_COLOURS = 3
 _SEED = 0
 _UNCHANGED = 1e-4  # of the largest change
 
@@ -197,6 +199,39 @@ class _Silenced(TorchFunctionMode):
             self.has_acted = True
             return torch.zeros_like(result)
         return result
+
+
+def with_masked_patches(
+    given: Mapping[str, Any], patch: int, *, share: float, generator: torch.Generator
+) -> dict[str, Any]:
+    """The user's inputs, a random share of the patches of each image replaced by its mean colour.
+
+    Args:
+        given: What the user passed, with ``pixel_values``.
+        patch: Pixels along each side of a patch.
+        share: Of the patches, in [0, 1].
+        generator: Draws which, on the CPU.
+    """
+    pixels = _pixels(given)
+    sizes = patches_per_image(given, pixels)
+    if sizes is not None:
+        is_masked = _drawn((pixels.shape[0],), share, generator).to(pixels.device)
+        by_channel = pixels.reshape(pixels.shape[0], _COLOURS, -1)
+        parts = torch.split(by_channel, list(sizes))
+        mean = torch.cat([p.mean(dim=(0, 2), keepdim=True).expand(len(p), -1, -1) for p in parts])
+        masked = torch.where(is_masked[:, None, None], mean, by_channel).reshape(pixels.shape)
+    else:
+        height, width = pixels.shape[-2:]
+        cells = _drawn((height // patch, width // patch), share, generator)
+        is_masked = _enlarged(cells, height, width).to(pixels.device)
+        masked = torch.where(is_masked, pixels.mean(dim=(-2, -1), keepdim=True), pixels)
+    return {**given, "pixel_values": masked}
+
+
+def _drawn(shape: tuple[int, ...], share: float, generator: torch.Generator) -> Tensor:
+    """Bool, ``True`` for a share of the cells."""
+    order = torch.rand(math.prod(shape), generator=generator).argsort().argsort()
+    return (order < round(share * len(order))).reshape(shape)
 
 
 def _pixels(given: Mapping[str, Any]) -> Tensor:

@@ -15,7 +15,7 @@ from vlm_steer.errors import CompositionError, ConfigError, UnsupportedModelErro
 __all__ = ["Bound", "Plan", "Work", "make_plan"]
 
 _ROW_HOOKS = ("scores", "weights", "look", "heads", "mlp", "hidden")
-_PROMPT_HOOKS = ("prepare", "positions", "embeds", "mask", "carry", "tally", "choose")
+_PROMPT_HOOKS = ("prepare", "positions", "embeds", "mask", "carry", "tally", "choose", "vision")
 _ATTENTION_HOOKS = ("mask", "scores", "tally", "weights", "look", "choose", "heads", "observe")
 _LAYER_HOOKS = ("hidden", "mlp")
 _RECOMPUTED = ("scores", "tally", "weights", "look", "choose", "observe")
@@ -88,7 +88,7 @@ class Plan:
         bounds: The methods that do something, neutral ones left out.
         methods: All methods as configured.
         work: What to do at each attention site that has anything to do.
-        positions, embeds: Methods with that hook.
+        positions, embeds, vision: Methods with that hook.
         marks, carry, hidden, mlp: Methods with that hook, by layer.
         taps: Layers whose output at the last row is kept for the ``logits`` hooks.
         processor: The model's, where the user gave it.
@@ -104,6 +104,7 @@ class Plan:
     carry: dict[int, tuple[Bound, ...]]
     hidden: dict[int, tuple[Bound, ...]]
     mlp: dict[int, tuple[Bound, ...]]
+    vision: tuple[Bound, ...] = ()
     taps: frozenset[int] = frozenset()
     processor: Any = None
 
@@ -209,6 +210,7 @@ def make_plan(methods: Sequence[Method], model: ModelInfo, processor: Any = None
         carry=_by_layer("carry", bounds),
         hidden=_by_layer("hidden", bounds),
         mlp=_by_layer("mlp", bounds),
+        vision=tuple(bound for bound in bounds if bound.method.overrides("vision")),
         taps=_tapped_layers(bounds, model),
         processor=processor,
     )
@@ -225,6 +227,11 @@ def _check(method: Method, model: ModelInfo) -> None:
     if method.overrides("mlp") and not model.mlps:
         raise UnsupportedModelError(
             f"{method.name} acts on MLPs, but none was found in this model."
+        )
+    if method.overrides("vision") and not model.vision_layers:
+        raise UnsupportedModelError(
+            f"{method.name} acts in the layers of the vision tower, but none were found in "
+            f"{model.family}. Use a method that acts on the language model."
         )
     if method.needs_grid and (reason := model.geometry.unknown):
         raise UnsupportedModelError(

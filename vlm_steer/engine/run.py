@@ -82,6 +82,7 @@ class Run:
         self._mine: dict[str, Any] = {}
         self._past = 0
         self._cache: Any = None
+        self.vision: dict[int, Tensor] = {}
         self.enclosing: Token[Run | None] | None = None
 
     @staticmethod
@@ -177,7 +178,7 @@ class Run:
         given = raw.get("input_ids", raw.get("inputs", raw.get("inputs_embeds")))
         copies = n_rows(kwargs) // given.shape[0] if isinstance(given, Tensor) else 1
         positive = Stream("positive", self._layout(kwargs))
-        call = Call(self.plan, positive, grids_among(raw), max(copies, 1))
+        call = Call(self.plan, positive, grids_among(raw), max(copies, 1), vision=self.vision)
         if self._earlier is not None:
             self._inherit(call.positive, self._earlier)
         has_image = call.positive.layout.has_image

@@ -20,13 +20,18 @@ from torch.utils.hooks import RemovableHandle
 from vlm_steer.engine import attention
 from vlm_steer.engine.active import ACTIVE, Probe
 from vlm_steer.engine.branches import Backend, Source, intercept, is_capturing
-from vlm_steer.engine.call import Call, states_after
+from vlm_steer.engine.call import Call, Encoding, Forward, states_after
 from vlm_steer.engine.control import Control
 from vlm_steer.engine.hooks import Method
 from vlm_steer.engine.model import ModelInfo, inspect_model, unwrap
 from vlm_steer.engine.plan import Bound, Plan, make_plan
 from vlm_steer.engine.run import Run, named_arguments
-from vlm_steer.engine.wiring import hook_decoder, restore_attention, switch_attention
+from vlm_steer.engine.wiring import (
+    hook_decoder,
+    hook_vision,
+    restore_attention,
+    switch_attention,
+)
 from vlm_steer.errors import ConfigError, SteerError, SteerWarning, UnsupportedModelError
 
 __all__ = ["Steering", "attach", "engaged", "last_hidden_states", "steer"]
@@ -115,7 +120,8 @@ class Steering:
             changed, the heads changed (mean over the batch, largest pass), and the attention mass
             moved (sum over rows and heads of half the absolute difference); ``probability_moved``
             is the same for next-token probabilities, per row. Methods that search have
-            ``choices_changed``, over the whole generation. Empty before the first generation.
+            ``choices_changed``, over the whole generation, and those that act in the vision tower
+            ``vision_states``, the states changed there. Empty before the first generation.
         """
         call = self._last
         if call is None:
@@ -134,6 +140,8 @@ class Steering:
             }
             if (changes := call.changes.get(bound.index)) is not None:
                 report[bound.method.name]["choices_changed"] = int(changes)
+            if (changed := call.vision.get(bound.index)) is not None:
+                report[bound.method.name]["vision_states"] = int(changed)
         return report
 
     def records(self, output: Any = None) -> dict[str, Tensor]:
@@ -258,9 +266,8 @@ class Steering:
             for (index, _), touch in call.touches.items():
                 if index not in self._effective and bool((touch > 0).any()):
                     self._effective.add(index)
-            for index, moved in (call.moved | call.changes).items():
-                if float(moved) > 0:
-                    self._effective.add(index)
+            for amounts in (call.moved, call.changes, call.vision):
+                self._effective.update(i for i, amount in amounts.items() if float(amount) > 0)
         self._warn_if_idle()
 
     def _call_of(self, output: Any) -> Call:
@@ -441,6 +448,7 @@ class _Installation:
                 self.info.model.register_forward_hook(self._unclose, always_call=True)
             )
         self._handles += hook_decoder(self.info)
+        self._handles += hook_vision(self.info, self._encoding)
         model = self.info.model
         self._own_generate = vars(model).get("generate")
         model.generate = self._bracket(model.generate)  # type: ignore
@@ -499,6 +507,17 @@ class _Installation:
     def _generation(self) -> Run | None:
         run = _GENERATION.get()
         return run if run is not None and run.source.model is self.info.model else None
+
+    def _encoding(self) -> Encoding | None:
+        """Under what images are being encoded in this context."""
+        active = ACTIVE.get()
+        if isinstance(active, Forward):
+            call = active.call
+            return Encoding(call.plan, active.streams[0].is_positive, call.vision)
+        run = self._generation()
+        if active is not None or run is None:
+            return None
+        return Encoding(run.plan, not is_capturing(), run.vision)
 
     # -- forwards -----------------------------------------------------------------------------
     def _enclose(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

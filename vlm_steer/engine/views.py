@@ -26,6 +26,7 @@ __all__ = [
     "Rows",
     "Scope",
     "ToLogits",
+    "VisionAt",
     "no_logits",
 ]
 
@@ -287,6 +288,21 @@ class At:
     carried: Tensor | None = None
     mlp_input: Tensor | None = None
     image_features: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VisionAt:
+    """What the ``vision`` hook sees.
+
+    Attributes:
+        layer: Index of the layer of the vision tower.
+        site: Whether the states are what the layer's MLP gave or the residual stream after it.
+        plan: What ``Method.resolve`` returned for this model.
+    """
+
+    layer: int
+    site: Literal["mlp", "residual"]
+    plan: Any
 
 
 @dataclass(frozen=True, slots=True)

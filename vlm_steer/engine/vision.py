@@ -11,14 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from vlm_steer.engine.active import ACTIVE, Probe
 from vlm_steer.engine.inputs import pixel_names
 from vlm_steer.errors import UnsupportedModelError
 
-__all__ = ["encoded", "image_attention", "why_no_image_attention"]
+__all__ = ["encoded", "image_attention", "vision_states", "why_no_image_attention"]
 
 _BLOCK = 64
 # Other arguments of an image encoder say how its patches are rearranged (tiles, grids, queries).
@@ -94,14 +95,20 @@ def image_attention(
 def encoded(model: Any, given: Mapping[str, Any]) -> Tensor:
     """The image tokens of a prompt as its vision side makes them, ``[tokens, hidden]`` float32.
 
+    Every intervention is off meanwhile.
+
     Args:
         model: A vision-language model with ``get_image_features``.
         given: What the user passed to it, pixels included.
     """
     encode = model.get_image_features
     names = set(inspect.signature(encode).parameters) & set(given)
-    with torch.no_grad():
-        output = encode(**{name: given[name] for name in names})
+    token = ACTIVE.set(Probe())
+    try:
+        with torch.no_grad():
+            output = encode(**{name: given[name] for name in names})
+    finally:
+        ACTIVE.reset(token)
     features = getattr(output, "pooler_output", output)
     parts = [features] if isinstance(features, Tensor) else features
     return torch.cat([part.flatten(0, -2) for part in parts]).float()
@@ -110,6 +117,32 @@ def encoded(model: Any, given: Mapping[str, Any]) -> Tensor:
 def _encoder(model: Any) -> Callable[..., Any] | None:
     encode: Callable[..., Any] | None = getattr(model, "get_image_features", None)
     return encode
+
+
+def vision_states(model: Any, layers: Sequence[nn.Module], given: Mapping[str, Any]) -> Tensor:
+    """States after every layer of the vision tower, mean over patches.
+
+    Args:
+        model: A vision-language model with ``get_image_features``.
+        layers: The layers of its vision tower.
+        given: What the user would pass to it, pixels included.
+
+    Returns:
+        ``[layers, hidden]`` float32, every intervention off.
+    """
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        states = output[0] if isinstance(output, tuple) else output
+        seen.append(states.float().flatten(0, -2).mean(dim=0))
+
+    handles = [layer.register_forward_hook(keep) for layer in layers]
+    try:
+        encoded(model, given)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.stack([state.to(seen[0].device) for state in seen])
 
 
 class _Listener(TorchFunctionMode):

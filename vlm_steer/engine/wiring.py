@@ -11,12 +11,12 @@ from torch.utils.hooks import RemovableHandle
 
 from vlm_steer.engine import attention
 from vlm_steer.engine.active import ACTIVE
-from vlm_steer.engine.call import Forward
+from vlm_steer.engine.call import Encoding, Forward
 from vlm_steer.engine.inputs import token_tensor
 from vlm_steer.engine.model import ModelInfo
 from vlm_steer.engine.run import named_arguments
 
-__all__ = ["hook_decoder", "restore_attention", "switch_attention"]
+__all__ = ["hook_decoder", "hook_vision", "restore_attention", "switch_attention"]
 
 _SWITCHED: dict[int, tuple[Any, str, int]] = {}
 
@@ -56,6 +56,35 @@ def hook_decoder(info: ModelInfo) -> list[RemovableHandle]:
         ]
     for index, mlp in info.mlps.items():
         handles.append(mlp.register_forward_hook(_editor("mlp", index)))
+    return handles
+
+
+def hook_vision(info: ModelInfo, encoding: Callable[[], Encoding | None]) -> list[RemovableHandle]:
+    """Hook the layers of the vision tower and their MLPs.
+
+    Args:
+        info: The model.
+        encoding: Says under what images are being encoded in this context.
+    """
+
+    def editor(site: Literal["mlp", "residual"], layer: int) -> Callable[..., Any]:
+        def edit(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            now = encoding()
+            if now is None or not now.plan.vision:
+                return None
+            if isinstance(output, tuple):
+                return (now.edit(site, layer, output[0]), *output[1:])
+            return now.edit(site, layer, output)
+
+        return edit
+
+    # In front of the hooks by which transformers collects hidden states for the projector.
+    handles = []
+    for index, (layer, mlp) in enumerate(info.vision_layers):
+        handles += [
+            mlp.register_forward_hook(editor("mlp", index), prepend=True),
+            layer.register_forward_hook(editor("residual", index), prepend=True),
+        ]
     return handles
 
 

@@ -26,6 +26,7 @@ _OTHER_HOOKS = (
     "plausible",
     "search",
     "observe",
+    "vision",
 )
 _SEATS = 1 << 16
 _SEED_STRIDE = 1_000_003
