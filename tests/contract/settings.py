@@ -133,6 +133,20 @@ ACTIVE = {
             {"method": "vcd", "alpha": 0.5, "noise_step": 400},
         ]
     },
+    "opera": {"method": "opera", "beams": 3, "n_candidates": 2, "weight": 1e6, "rollbacks": 0},
+    "opera+vcd": {
+        "methods": [
+            {
+                "method": "opera",
+                "beams": 2,
+                "n_candidates": 3,
+                "weight": 1e6,
+                "rollbacks": 1,
+                "threshold": 1,
+            },
+            {"method": "vcd", "alpha": 0.5, "noise_step": 400},
+        ]
+    },
     "avisc": {"method": "avisc", "alpha": 1.0},
     "sid": {"method": "sid", "keep": 0.3},
     "rbd": {"method": "rbd", "keep": 0.3},
@@ -181,6 +195,7 @@ NEUTRAL = {
     "gift": {"method": "gift", "alpha": 0.0},
     "cmai": {"method": "cmai", "share": 0.0},
     "guided_decoding": {"method": "guided_decoding", "n_candidates": 1},
+    "opera": {"method": "opera", "weight": 0.0, "rollbacks": 0},
     "lookback_ratio": {"method": "lookback_ratio"},
     "m3id": {"method": "m3id", "lam": 0.0},
     "icd": {"method": "icd", "alpha": 0.0, "beta": 0.0},
@@ -237,6 +252,8 @@ REFUSALS |= {
     for setting in ("cca", "cca_mask", "agla", "agla+vcd")
 }
 REFUSALS |= {(f, "pine"): "window" for f in ("gemma3", "aya_vision")}
+REFUSALS |= {("mllama", "opera"): "none of its layers"}
+REFUSALS |= {(f, "opera+vcd"): "cannot forget" for f in ("gemma3", "aya_vision", "mllama")}
 REFUSALS |= {("paligemma", "pine"): "both directions"}
 REFUSALS |= {(f, "pine"): "several axes" for f in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")}
 REFUSALS |= {(f, "cca"): "several axes" for f in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")}
