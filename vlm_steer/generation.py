@@ -11,7 +11,7 @@ from transformers import BatchFeature
 
 from vlm_steer.errors import SteerError
 
-__all__ = ["encode", "halving", "render_prompt", "without_prompt"]
+__all__ = ["answer_ids", "encode", "halving", "render_prompt", "without_prompt"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -67,6 +67,24 @@ def without_prompt(output: Tensor, input_ids: Tensor) -> Tensor:
         input_ids.to(output.device)
     )
     return output[:, n_prompt:] if repeated else output
+
+
+def answer_ids(model: Any, output: Tensor, input_ids: Tensor) -> list[Tensor]:
+    """What was generated for each row, ``[tokens]`` each, up to its end token, which is kept.
+
+    Args:
+        model: The model, which names its end tokens.
+        output: What ``generate`` returned, one or several sequences per prompt.
+        input_ids: ``[prompts, tokens]`` of the prompts.
+    """
+    ends = model.generation_config.eos_token_id
+    known = torch.tensor([] if ends is None else ends, device=output.device).reshape(-1)
+    copies = len(output) // len(input_ids)
+    answers = without_prompt(output, input_ids.repeat_interleave(copies, dim=0))
+    is_end = torch.isin(answers, known).int().cumsum(1)
+    return [
+        row[: int((end == 0).sum()) + 1].cpu() for row, end in zip(answers, is_end, strict=True)
+    ]
 
 
 def halving(

@@ -1,4 +1,4 @@
-"""The commands of the harness: `eval BENCHMARK`, `score BENCHMARK`, `compare`, `tune` and `demo`.
+"""The commands of the harness: `eval`, `score`, `compare`, `tune`, `detect` and `demo`.
 
 Nothing heavy is imported until a command runs, so that help is instant.
 """
@@ -11,6 +11,7 @@ import typer
 from vlm_steer.commands.options import Seed
 
 from .command_compare import compare
+from .command_detect import register as register_detect
 from .command_eval import eval_chair, eval_pope, eval_presets
 from .command_options import (
     EmbeddedScenes,
@@ -95,6 +96,7 @@ def register(app: typer.Typer) -> None:
         "chair_beams/none --output out",
     )(compare)
     app.command("tune", epilog="Example: vlm-steer tune pai_captions.yaml --output runs/tune")(tune)
+    register_detect(app)
     app.command("demo", epilog="Example: vlm-steer demo --output demo")(demo)
 
 

@@ -23,7 +23,7 @@ from vlm_steer.engine.model import inspect_model, kept_module_state
 from vlm_steer.engine.plan import Plan, make_plan
 from vlm_steer.engine.steer import engaged, steer
 from vlm_steer.errors import ConfigError
-from vlm_steer.generation import without_prompt
+from vlm_steer.generation import answer_ids, without_prompt
 
 __all__ = ["NEEDS", "Need", "trace_answers", "trace_generation"]
 
@@ -166,21 +166,21 @@ def trace_generation(
     copies = len(output.sequences) // len(layouts)
     prompts = inputs["input_ids"].repeat_interleave(copies, dim=0)
     text = without_prompt(output.sequences, prompts)[:, : len(output.logits)]
+    answers = answer_ids(model, output.sequences, inputs["input_ids"])
     logits = torch.stack(_followed(output.logits, getattr(output, "beam_indices", None)), dim=1)
     seen = _Seen(plan, records, marks, token_stats(logits, text))
     tokenizer = getattr(processor, "tokenizer", processor)
     marked = len(next(iter(marks.values()))) // len(layouts)
-    ends = _end_tokens(model)
     return [
         seen.trace(
             tokenizer,
-            _until_end(answer, ends),
+            answer,
             layouts[row // copies],
             row,
             row // copies * marked,
             {},
         )
-        for row, answer in enumerate(text.cpu())
+        for row, answer in enumerate(answers)
     ]
 
 
@@ -189,17 +189,6 @@ def _followed(logits: Sequence[Tensor], beams: Tensor | None) -> list[Tensor]:
     if beams is None:
         return list(logits)
     return [step[beams[:, i].clamp(min=0)] for i, step in enumerate(logits[: beams.shape[1]])]
-
-
-def _end_tokens(model: Any) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    return set(ends) if isinstance(ends, list | tuple) else {ends}
-
-
-def _until_end(answer: Tensor, ends: set[int]) -> Tensor:
-    """A sequence up to its first end token, which is kept."""
-    stop = next((i + 1 for i, token in enumerate(answer.tolist()) if token in ends), len(answer))
-    return answer[:stop]
 
 
 # -- from what was seen to traces -------------------------------------------------------------

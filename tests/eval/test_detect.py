@@ -1,0 +1,312 @@
+"""Detectors are judged on images they have not seen, beside what a word's place tells alone."""
+
+import json
+import pickle
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from vlm_steer import cli
+from vlm_steer.detection import FittedDetector, Unit, build_detector
+from vlm_steer.detection.pickles import convert_lookback
+from vlm_steer.errors import ConfigError, DataError
+from vlm_steer_eval.chair import TableNormaliser
+from vlm_steer_eval.detect_command import parse_detectors
+from vlm_steer_eval.detect_data import Collected, split_images
+from vlm_steer_eval.detect_labels import labelled_texts, mention_units
+from vlm_steer_eval.detect_run import evaluate, fit, refuse_leakage, table
+from vlm_steer_eval.detect_stats import Labels, best_threshold, calibration_error, evaluate_risk
+from vlm_steer_eval.vocabulary import ObjectVocabulary
+
+READER = TableNormaliser(ObjectVocabulary.coco())
+
+
+def written(text: str) -> SimpleNamespace:
+    """A trace of one token per word, its space in front."""
+    ends = [i for i in range(1, len(text)) if text[i] == " "] + [len(text)]
+    spans = list(zip([0, *ends[:-1]], ends, strict=True))
+
+    def tokens_of(span):
+        while text[span[0]].isspace():
+            span = (span[0] + 1, span[1])
+        at = [i for i, (a, b) in enumerate(spans) if a < span[1] and b > span[0]]
+        return (at[0], at[-1] + 1)
+
+    return SimpleNamespace(text=text, spans=spans, tokens_of=tokens_of)
+
+
+def labels_of(text: str, truth: set[str], **options) -> list[tuple[str, int]]:
+    units = mention_units(written(text), READER, truth, **options)
+    return [(text[slice(*unit.span)], unit.label) for unit in units]
+
+
+def test_mentions_are_labelled_to_the_character():
+    text = "A dog and two fire hydrants near the dog's bench."
+    trace = written(text)
+    units = mention_units(trace, READER, {"dog", "bench"}, mentions="all")
+    assert [text[slice(*unit.span)] for unit in units] == ["dog", "fire hydrants", "dog's", "bench"]
+    assert [unit.label for unit in units] == [0, 1, 0, 0]
+    assert [unit.occurrence for unit in units] == [0, 0, 1, 0]
+    assert units[1].tokens == (4, 6)
+    assert units[1].word == 4
+
+
+def test_first_mentions_leave_repeats_out():
+    assert labels_of("A dog sees a cat. The dog runs.", {"dog"}) == [("dog", 0), ("cat", 1)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "There are no cars here.",
+        "A street without a car.",
+        "A car is not visible.",
+        "There might be a car.",
+        "The car isn't there.",
+        'A sign that says "car" hangs there.',
+    ],
+)
+def test_denied_hedged_and_quoted_mentions_are_left_open(text):
+    assert labels_of(text, set()) == [("car" if "cars" not in text else "cars", -1)]
+
+
+def test_a_denial_ends_with_its_clause():
+    assert labels_of("There are no people, a car is parked.", set())[-1] == ("car", 1)
+
+
+def test_a_bare_table_is_no_evidence_of_a_dining_table():
+    assert labels_of("A table.", set()) == [("table", -1)]
+    assert labels_of("A table.", {"dining table"}) == [("table", 0)]
+    assert labels_of("A dining table.", set()) == [("dining table", 1)]
+
+
+def planted(n_images=120, per_image=6, place=0.0, signal=0.0, seed=0) -> Collected:
+    """Units whose label follows their place and a feature, as strongly as told."""
+    generator = np.random.default_rng(seed)
+    n = n_images * per_image
+    word = np.tile(np.arange(per_image) * 6, n_images)
+    x = generator.standard_normal(n)
+    logits = place * (word - word.mean()) / word.std() + signal * x
+    truth = generator.random(n) < 1 / (1 + np.exp(-logits))
+    units = [
+        Unit((int(w), int(w) + 1), (0, 1), word=int(w), label=int(t))
+        for w, t in zip(word, truth, strict=True)
+    ]
+    image = [f"image {i // per_image}" for i in range(n)]
+    features = {
+        "entropy": torch.from_numpy(x)[:, None],
+        "position": torch.from_numpy(word.astype(float))[:, None],
+        "margin": torch.from_numpy(word + 0.5 * x)[:, None],
+    }
+    return Collected(units, image, image, features, {})
+
+
+def test_a_detector_that_only_knows_the_place_does_not_work():
+    data = planted(place=1.5)
+    risk = data.features["margin"][:, 0].numpy()
+    result = evaluate_risk(risk, data.as_labels(), n_resamples=200)
+    assert result["auroc"]["value"] > 0.75
+    assert result["auroc_at_equal_position"]["value"] == pytest.approx(0.5, abs=0.08)
+    assert result["gain_auroc"]["ci95"][0] < 0
+    assert result["works"] is False
+
+
+def test_a_detector_that_knows_more_than_the_place_works():
+    data = planted(place=1.5, signal=1.0)
+    risk = data.features["entropy"][:, 0].numpy()
+    result = evaluate_risk(risk, data.as_labels(), n_resamples=200)
+    assert result["auroc_at_equal_position"]["value"] > 0.6
+    assert result["gain_auroc"]["ci95"][0] > 0
+    assert result["gain_log_loss"]["ci95"][0] > 0
+    assert result["works"] is True
+
+
+def test_rankings_are_those_of_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    data = planted(n_images=40, signal=1.0)
+    risk, truth = np.round(data.features["entropy"][:, 0].numpy(), 1), data.labels.numpy() == 1
+    result = evaluate_risk(risk, data.as_labels(), n_resamples=10)
+    assert result["auroc"]["value"] == pytest.approx(metrics.roc_auc_score(truth, risk))
+    expected = metrics.average_precision_score(truth, risk)
+    assert result["average_precision"]["value"] == pytest.approx(expected)
+    false, true, _ = metrics.roc_curve(truth, risk, drop_intermediate=False)
+    assert result["tpr_at_5_fpr"]["value"] == pytest.approx(true[false <= 0.05].max())
+
+
+def test_pairs_of_one_text_count_only_where_they_are_near():
+    word = np.array([0.0, 8, 30, 0, 9])
+    labels = Labels(
+        np.array([False, True, True, True, False]), list("aaabb"), list("aaabb"), word, 0 * word
+    )
+    result = evaluate_risk(np.array([1.0, 2, 0, 1, 3]), labels, n_resamples=10)
+    # Near pairs: 8 over 0 in the first text (right), 0 over 9 in the second (wrong).
+    assert result["auroc_within_text"]["value"] == 0.5
+
+
+def test_calibration_errors_and_thresholds_are_what_they_say():
+    truth = np.array([False, False, True, True])
+    assert calibration_error(np.array([0.0, 0.0, 1.0, 1.0]), truth, 2)[0] == 0
+    assert calibration_error(np.array([0.5, 0.5, 0.5, 0.5]), truth, 2)[0] == 0.5
+    assert best_threshold(np.array([0.1, 0.2, 0.6, 0.9]), truth) == pytest.approx(0.4)
+
+
+def test_images_stay_in_their_part_whatever_others_there_are():
+    names = [f"image {i}" for i in range(500)]
+    parts = split_images(names)
+    assert split_images(names[100:200]) == parts[100:200]
+    assert [round(parts.count(p) / 500, 1) for p in ("train", "calibration", "test")] == [
+        0.6,
+        0.2,
+        0.2,
+    ]
+
+
+def test_fitting_and_judging_keep_images_apart():
+    data, other = planted(signal=1.5), planted(n_images=60, signal=1.5, seed=1)
+    fitted = fit(build_detector("entropy"), data, {"layers": 6})
+    assert fitted.is_calibrated
+    with pytest.raises(DataError, match="fitted on 49 of these images"):
+        evaluate({"entropy": fitted}, other)
+    fresh = Collected(
+        other.units, [f"new {i}" for i in other.image], other.item, other.features, {}
+    )
+    result = evaluate(
+        {"entropy": fitted, "position": FittedDetector(build_detector("position"))},
+        fresh,
+        n_resamples=100,
+    )
+    found = result["detectors"]["entropy"]
+    assert found["ece"] < 0.1
+    assert found["balanced_accuracy"]["value"] > 0.6
+    assert result["detectors"]["position"]["works"] is None
+    assert "| position |" in table(result)
+    assert "control" in table(result)
+    refuse_leakage(fitted, fresh)
+
+
+def test_an_image_in_two_parts_is_refused():
+    data = planted(n_images=20)
+    parts = split_images(data.image)
+    parts[3] = "test" if parts[3] != "test" else "train"
+    with pytest.raises(DataError, match="Split by image"):
+        fit(build_detector("entropy"), data, {}, parts=parts)
+
+
+def test_one_sided_and_broken_data_are_told():
+    data = planted(n_images=30)
+    one = Collected(
+        [u for u in data.units if u.label == 1][:20], data.image[:20], data.item[:20], {}, {}
+    )
+    with pytest.raises(DataError, match="both kinds occur"):
+        one.as_labels()
+    with pytest.raises(DataError, match="not finite"):
+        evaluate_risk(np.full(180, np.nan), data.as_labels())
+    with pytest.raises(DataError, match="cannot be told apart"):
+        fit(build_detector("entropy"), data.where(torch.arange(180) < 12), {})
+
+
+def test_labelled_texts_are_checked_row_by_row(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    row = {"image": "a.png", "text": "A dog.", "spans": [{"start": 2, "end": 5, "label": 1}]}
+    path.write_text(json.dumps(row) + "\n")
+    (item,) = labelled_texts(path, tmp_path, "Describe.").items
+    assert item.gold["spans"] == [(2, 5, 1)]
+    for change, message in (
+        ({"label": "wrong"}, "none of hallucinated"),
+        ({"end": 99}, "6 characters"),
+        ({"start": None}, "does not lie"),
+    ):
+        bad = {**row, "spans": [{**row["spans"][0], **change}]}
+        path.write_text(json.dumps(row) + "\n" + json.dumps(bad) + "\n")
+        with pytest.raises(DataError, match=message):
+            labelled_texts(path, tmp_path, "Describe.")
+
+
+def test_options_of_detectors_are_set_by_name():
+    found = parse_detectors(["svar", "entropy"], ["svar.layers=[0, 3]", "svar.heads=each"])
+    assert found["svar"].options()["layers"] == (0, 3)
+    for bad in ("layers=3", "sink_mass.pool=mean", "svar.layers"):
+        with pytest.raises(ConfigError, match="DETECTOR"):
+            parse_detectors(["svar"], [bad])
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was executed",))
+
+
+def test_a_published_pickle_is_converted_and_nothing_in_it_runs(tmp_path):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    x = np.random.default_rng(0).standard_normal((80, 12))
+    y = (x[:, 0] > 0).astype(int)
+    classifier = linear_model.LogisticRegression(max_iter=1000).fit(x, y)
+    path = tmp_path / "classifier.pkl"
+    path.write_bytes(pickle.dumps({"clf": classifier, "best_threshold": np.float64(0.7)}))
+    fitted = convert_lookback(path, layers=3, heads=4)
+    factual = classifier.predict_proba(x)[:, 1]
+    risk = fitted.risk_of(torch.from_numpy(x)).sigmoid()
+    np.testing.assert_allclose(risk.numpy(), 1 - factual, atol=1e-12)
+    with pytest.raises(DataError, match="12 weights, but 32 layers"):
+        convert_lookback(path, layers=32, heads=32)
+    path.write_bytes(pickle.dumps({"clf": classifier, "more": Bomb()}))
+    with pytest.raises(DataError, match="Nothing in it was run"):
+        convert_lookback(path, layers=3, heads=4)
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main([str(argument) for argument in arguments])
+        seen = capsys.readouterr()
+        return int(caught.value.code or 0), seen.out, seen.err
+
+    return call
+
+
+def test_detectors_are_fitted_used_and_judged_from_the_command_line(run, tmp_path, image_folder):
+    folder = tmp_path / "svar"
+    options = ["--max-new-tokens", 40, "--resamples", 50, "--batch-size", 30]
+    code, out, err = run(
+        "detect", "fit", "svar", "--scenes", "broken", "--limit", 60, "--output", folder, *options
+    )
+    assert code == 0, err
+    assert "| position |" in out
+    assert (folder / "detector.safetensors").is_file()
+    result = json.loads((folder / "detection.json").read_text())
+    assert result["detectors"]["svar"]["auroc"]["ci95"] is not None
+    code, out, err = run(
+        "detect",
+        "score",
+        folder,
+        "--image",
+        image_folder / "scene_0.png",
+        "--text",
+        "A dog and a car.",
+        "--json",
+    )
+    assert code == 0, err
+    units = json.loads(out)[0]["units"]
+    assert [unit["text"] for unit in units] == ["dog", "car"]
+    assert all(0 <= unit["risk"] <= 1 for unit in units)
+    code, out, err = run(
+        "detect",
+        "eval",
+        folder,
+        "--scenes",
+        "broken",
+        "--limit",
+        4,
+        "--output",
+        tmp_path / "again",
+        *options,
+    )
+    assert (code, "would say nothing" in err) == (1, True)
+    code, _, err = run("detect", "eval", "lookback_ratio", "--output", tmp_path / "again")
+    assert (code, "has to be fitted" in err) == (2, True)
+    code, out, _ = run("detect", "list")
+    assert code == 0
+    assert "svar: " in out
