@@ -10,10 +10,13 @@ from transformers import GenerationConfig
 import vlm_steer
 from tests.contract.test_contract import two_rows
 from tests.families import zoo
-from vlm_steer.errors import CompositionError, ConfigError, UnsupportedModelError
+from vlm_steer.detection import FittedDetector, Logistic, Unit, made_for, trace_answers
+from vlm_steer.detection.detectors.attention import LookbackRatio
+from vlm_steer.engine.model import inspect_model
+from vlm_steer.errors import CompositionError, ConfigError, DataError, UnsupportedModelError
 from vlm_steer.generation import encode, render_prompt
 from vlm_steer.methods.guided_decoding import GuidedDecoding
-from vlm_steer.tiny import scenes
+from vlm_steer.tiny import CAPTION_PROMPT, scenes
 
 pytestmark = pytest.mark.filterwarnings("ignore::vlm_steer.errors.SteerWarning")
 
@@ -239,3 +242,59 @@ def test_two_searches_are_refused_when_they_are_attached(family) -> None:
 def test_options_outside_their_range_or_without_effect_are_refused(options, word) -> None:
     with pytest.raises(ConfigError, match=word):
         GuidedDecoding(**options)
+
+
+@pytest.fixture(scope="module")
+def captioning() -> tuple[Any, Any, dict[str, Tensor]]:
+    model, processor = vlm_steer.load_tiny()
+    image = scenes.render(scenes.scene("broken", 0))
+    return model, processor, encode(processor, [render_prompt(processor, CAPTION_PROMPT)], [image])
+
+
+def some_detector(model: Any, processor: Any, **options: Any) -> FittedDetector:
+    """A detector of lookback ratios with made-up weights of both signs."""
+    detector = LookbackRatio(**options)
+    info = inspect_model(model)
+    size = len(detector.parts) * info.n_layers * int(info.text_config.num_attention_heads)
+    coef = torch.randn(size, generator=torch.Generator().manual_seed(0)).double()
+    weights = Logistic(coef, torch.zeros((), dtype=torch.float64), 0.5 + 0 * coef, 0.1 + 0 * coef)
+    return FittedDetector(detector, weights, made_for=made_for(model, processor))
+
+
+@pytest.mark.parametrize("parts", [("context",), ("system", "image", "instruction")])
+def test_a_fitted_detector_chooses_the_candidate_to_which_it_gives_the_least_risk(
+    captioning, tmp_path, parts
+) -> None:
+    model, processor, inputs = captioning
+    fitted = some_detector(model, processor, parts=parts)
+    fitted.save(tmp_path)
+    sampling = {"do_sample": True, "temperature": 2.0, "max_new_tokens": 6, "min_new_tokens": 6}
+    torch.manual_seed(5)
+    drawn = model.generate(**inputs, **sampling, top_k=0, num_return_sequences=4)
+    risks = []
+    for row in drawn:
+        answer = row[inputs["input_ids"].shape[1] :]
+        (trace,) = trace_answers(model, processor, inputs, [answer])
+        risks.append(float(fitted.risk(trace, [Unit((0, 6), (0, 1))])))
+    torch.manual_seed(5)
+    method = GuidedDecoding(detector=str(tmp_path), n_candidates=4, chunk_size=6)
+    with vlm_steer.steer(model, method):
+        guided = model.generate(**inputs, **sampling, top_k=0)
+    assert len(set(risks)) > 1
+    assert torch.equal(guided[0], drawn[risks.index(min(risks))])
+
+
+def test_a_detector_of_another_model_or_of_something_else_is_refused(
+    captioning, family, tmp_path
+) -> None:
+    model, processor, _ = captioning
+    some_detector(model, processor).save(tmp_path / "tiny")
+    some_detector(model, processor, pool="first").save(tmp_path / "first")
+    with pytest.raises(ConfigError, match="another model: layers 6 instead of 4"):
+        vlm_steer.attach(family.model, GuidedDecoding(detector=str(tmp_path / "tiny")))
+    with pytest.raises(ConfigError, match="pool: mean"):
+        vlm_steer.attach(model, GuidedDecoding(detector=str(tmp_path / "first")))
+    with pytest.raises(DataError, match=r"holds no detector\.json"):
+        vlm_steer.attach(model, GuidedDecoding(detector=str(tmp_path / "missing")))
+    with pytest.raises(ConfigError, match="layers"):
+        GuidedDecoding(detector=str(tmp_path / "tiny"), layers=(0, 1))

@@ -1,15 +1,18 @@
 """Guided decoding: write chunk by chunk, each time the candidate that a detector trusts most."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from vlm_steer import functional as F
 from vlm_steer.engine.hooks import Asked, At, Decoding, Found, Method, Rows, SearchSetup
-from vlm_steer.methods.lookback_ratio import LookbackRatio
+from vlm_steer.methods._guides import LookbackGuide, fitted_guide
 from vlm_steer.registry import register_method
+
+if TYPE_CHECKING:
+    from vlm_steer.engine.model import ModelInfo
 
 __all__ = ["GuidedDecoding"]
 
@@ -25,10 +28,10 @@ class GuidedDecoding(Method):
         argmax_c trust(x_c)
 
     and with the first of several that are equal. The paper's detector is a classifier of lookback
-    ratios, fitted for one model. The two at hand are fitted to nothing: ``lookback`` trusts what
-    looks back at the prompt most, on average over all heads, and ``log_probability`` what the
-    model finds likeliest. The weights of published classifiers have both signs, so ``lookback`` is
-    a stand-in for them, not a copy.
+    ratios, fitted for one model: the folder of a fitted ``lookback_ratio`` detector. Two more are
+    fitted to nothing: ``lookback`` trusts what looks back at the prompt most, on average over all
+    heads, and ``log_probability`` what the model finds likeliest. The weights of published
+    classifiers have both signs, so ``lookback`` is no copy of them.
 
     ``generate(do_sample=True)`` samples by its own options and torch's random state. Without it
     candidates are drawn at ``temperature`` and ``top_p`` below with the numbers of ``seed``, so
@@ -40,10 +43,10 @@ class GuidedDecoding(Method):
     it. Here they are rows of one batch.
 
     Cost: ``n_candidates`` rows per sequence, as many as a beam search of that width has, from the
-    prompt on; for ``lookback`` one attention row per layer and token.
+    prompt on; to read lookback ratios one attention row per layer and token.
 
     Attributes:
-        detector: ``lookback`` or ``log_probability``.
+        detector: ``lookback``, ``log_probability``, or the folder of a fitted detector.
         n_candidates: Chunks to choose from, >= 1; 1 turns the choice off. Sensible 4 to 8.
         chunk_size: Tokens per chunk, >= 1. Sensible 4 to 16.
         temperature: Of the candidates when ``generate`` does not sample, > 0.
@@ -58,13 +61,15 @@ class GuidedDecoding(Method):
         8
 
     Raises:
-        ConfigError: A number is outside its range, or ``generate`` is asked for beams.
+        ConfigError: A number is outside its range, the detector reads something else or was fitted
+            on another model, or ``generate`` is asked for beams.
+        DataError: The detector cannot be read.
     """
 
     paper: ClassVar[str] = "arXiv:2407.07071"
     rows: ClassVar[Rows] = "last"
 
-    detector: Literal["lookback", "log_probability"] = "lookback"
+    detector: str = "lookback"
     n_candidates: int = 8
     chunk_size: int = 8
     temperature: float = 0.9
@@ -88,15 +93,25 @@ class GuidedDecoding(Method):
         ignored = {"scope": "there is one text to choose chunks of"}
         if self.detector == "log_probability":
             ignored["layers"] = "log-probabilities are read, not layers"
+        elif self.detector != "lookback":
+            ignored["layers"] = "a fitted detector reads the layers that it was fitted on"
         return ignored
 
     def overrides(self, hook: str) -> bool:
         if hook == "observe":
-            return self.detector == "lookback"
+            return self.detector != "log_probability"
         return super().overrides(hook)
 
+    def resolve(self, model: "ModelInfo") -> LookbackGuide | None:
+        if self.detector == "log_probability":
+            return None
+        if self.detector == "lookback":
+            return LookbackGuide()
+        return fitted_guide(self.detector, model)
+
     def observe(self, weights: Tensor, at: At) -> Tensor:
-        return LookbackRatio().observe(weights, at)
+        guide: LookbackGuide = at.plan
+        return guide.ratios(weights, at)
 
     def search_setup(self, asked: Asked) -> SearchSetup:
         self.require(
@@ -132,10 +147,10 @@ class GuidedDecoding(Method):
         self, decoding: Decoding, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
         """Write one chunk in every row; ``[rows]`` trust in it, and tokens written."""
-        trusts, is_written = [], []
+        read, is_written = [], []
         for _ in range(self.chunk_size):
             tokens = self._draw(decoding, generator)
-            trusts.append(self._trust(decoding, tokens))
+            read.append(self._read(decoding, tokens))
             is_written.append(~decoding.is_done)
             decoding.append(tokens)
             if decoding.is_finished:
@@ -143,8 +158,12 @@ class GuidedDecoding(Method):
         # What is behind the end of a text has no say.
         is_counted = torch.stack(is_written, dim=-1)
         written = is_counted.sum(dim=-1)
-        total = torch.stack(trusts, dim=-1).masked_fill(~is_counted, 0).sum(dim=-1)
-        return total / written.clamp(min=1), written
+        found = torch.stack(read, dim=-1)
+        lead = [-1] + [1] * (found.ndim - 2)
+        total = found.masked_fill(~is_counted.view(*lead, is_counted.shape[1]), 0).sum(dim=-1)
+        mean = total / written.clamp(min=1).view(lead)
+        guide: LookbackGuide | None = decoding.plan
+        return mean if guide is None else guide.trust(mean), written
 
     def _draw(self, decoding: Decoding, generator: torch.Generator | None) -> Tensor:
         scores = decoding.scores
@@ -155,9 +174,9 @@ class GuidedDecoding(Method):
         waiting = waiting.repeat(scores.shape[0] // rows, 1).to(scores.device)
         return F.draw_tokens(scores, waiting)
 
-    def _trust(self, decoding: Decoding, tokens: Tensor) -> Tensor:
-        """``[rows]`` how much the detector trusts the tokens about to be written."""
-        if self.detector == "log_probability":
+    def _read(self, decoding: Decoding, tokens: Tensor) -> Tensor:
+        """``[rows, ...]`` what the detector reads of the tokens about to be written."""
+        if decoding.plan is None:
             return decoding.logits.log_softmax(dim=-1).gather(1, tokens[:, None]).squeeze(1)
-        ratios = [decoding.seen[layer] for layer in sorted(decoding.seen)]
-        return torch.stack([r.mean(dim=-1).to(tokens.device) for r in ratios]).mean(dim=0)
+        seen = [decoding.seen[layer].to(tokens.device) for layer in sorted(decoding.seen)]
+        return torch.stack(seen, dim=2)
