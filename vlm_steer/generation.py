@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from typing import Any, TypeVar
 
 import torch
@@ -17,22 +18,28 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def render_prompt(processor: Any, text: str) -> str:
+def render_prompt(processor: Any, text: str, history: Sequence[tuple[str, str]] = ()) -> str:
     """The whole prompt of a question about one image.
 
     Args:
         processor: What ``AutoProcessor.from_pretrained`` returned. Its chat template is used when
             it has one; otherwise the prompt is its image token, then the question.
         text: The question.
+        history: Questions and answers before it; the image stands in front of the first.
     """
+    turns = [*(turn for pair in history for turn in pair), text]
     if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": text}]
+        messages: list[dict[str, Any]] = [
+            {"role": role, "content": [{"type": "text", "text": turn}]}
+            for role, turn in zip(cycle(("user", "assistant")), turns, strict=False)
+        ]
+        messages[0]["content"].insert(0, {"type": "image"})
         prompt: str = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+            messages, add_generation_prompt=True, tokenize=False
         )
         return prompt
     token = getattr(processor, "image_token", None)
-    return f"{token}\n{text}" if token else text
+    return "\n".join([token, *turns] if token else turns)
 
 
 def encode(processor: Any, prompts: Sequence[str], images: Sequence[Image.Image]) -> BatchFeature:

@@ -1,7 +1,9 @@
 """The metrics of every benchmark, by name."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+
+import numpy as np
 
 from .amber import AMBER_METRICS
 from .beaf import BEAF_METRICS
@@ -10,10 +12,12 @@ from .hallusionbench import HALLUSION_METRICS
 from .metrics import MetricSet
 from .mme import MME_METRICS
 from .mmhal import MMHAL_METRICS
+from .mmvp import MMVP_METRICS
 from .opope import OPOPE_METRICS
 from .pope import POPE_METRICS
+from .sycophancy import SYCOPHANCY_METRICS
 
-__all__ = ["BENCHMARKS", "BINARY"]
+__all__ = ["BENCHMARKS", "BINARY", "discordant"]
 
 BENCHMARKS: Mapping[str, MetricSet] = MappingProxyType(
     {
@@ -25,6 +29,8 @@ BENCHMARKS: Mapping[str, MetricSet] = MappingProxyType(
         "opope": OPOPE_METRICS,
         "beaf": BEAF_METRICS,
         "mmhal": MMHAL_METRICS,
+        "mmvp": MMVP_METRICS,
+        "sycophancy": SYCOPHANCY_METRICS,
     }
 )
 
@@ -33,7 +39,24 @@ BINARY: Mapping[str, tuple[str, tuple[str, ...], bool]] = MappingProxyType(
         "pope": ("accuracy", ("TP", "TN"), True),
         "opope": ("accuracy", ("TP", "TN"), True),
         "beaf": ("accuracy", ("TP", "TN"), True),
+        "mmvp": ("pair_accuracy", ("right_pairs",), True),
         "chair": ("CHAIRs", ("hallucinating",), False),
     }
 )
 """Benchmark -> the metric that is a share of units, its columns, and whether more is better."""
+
+
+def discordant(
+    benchmark: str, before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]
+) -> tuple[int, int]:
+    """Units that only the first arm, and that only the second arm, has by the `BINARY` metric.
+
+    Args:
+        benchmark: a key of `BINARY`.
+        before: rows of counts.
+        after: rows of the same units.
+    """
+    _, columns, _ = BINARY[benchmark]
+    indices = [BENCHMARKS[benchmark].columns.index(column) for column in columns]
+    first, second = (np.asarray(rows)[:, indices].any(1) for rows in (before, after))
+    return int((first & ~second).sum()), int((second & ~first).sum())

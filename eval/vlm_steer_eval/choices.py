@@ -13,6 +13,7 @@ __all__ = [
     "Missing",
     "MmeParser",
     "MmhalReading",
+    "MmvpParser",
     "NormaliserName",
     "OpopeReader",
     "ParserName",
@@ -42,4 +43,5 @@ HallusionParser: TypeAlias = Literal[
 ]
 MmeParser: TypeAlias = Literal["robust", "official", "lmms_eval", "vlmevalkit"]
 MmhalReading: TypeAlias = Literal["robust", "official"]
+MmvpParser: TypeAlias = Literal["robust", "lmms_eval"]
 OpopeReader: TypeAlias = Literal["table", "halc"]

@@ -16,6 +16,7 @@ from .command_options import (
     ImageList,
     NormaliserOption,
     ParserOption,
+    SharePrefix,
     Suffix,
     Synonyms,
 )
@@ -58,10 +59,7 @@ def eval_pope(
     ] = "random,popular,adversarial",
     suffix: Suffix = "",
     parser: ParserOption = "robust",
-    share_prefix: Annotated[
-        bool,
-        typer.Option(help="Compute each image once for its questions, where methods allow it."),
-    ] = True,
+    share_prefix: SharePrefix = True,
 ) -> None:
     """Ask yes/no questions about objects: on embedded scenes, your files, or a data set."""
     from .hub import hub_pope

@@ -12,6 +12,7 @@ from .choices import (
     Missing,
     MmeParser,
     MmhalReading,
+    MmvpParser,
     NormaliserName,
     ParserName,
     ScenesName,
@@ -32,15 +33,18 @@ __all__ = [
     "Images",
     "Methods",
     "MmeParserOption",
+    "MmvpParserOption",
     "NormaliserOption",
     "OutputFolder",
     "ParserOption",
     "PresetName",
     "RatingOption",
     "Resamples",
+    "SharePrefix",
     "SkipBadImages",
     "Suffix",
     "Synonyms",
+    "TaskImages",
     "Temperature",
     "Tokens",
     "TopP",
@@ -88,6 +92,11 @@ HallusionParserOption = Annotated[
     HallusionParser, typer.Option("--parser", help="How answers are read.")
 ]
 MmeParserOption = Annotated[MmeParser, typer.Option("--parser", help="How answers are read.")]
+MmvpParserOption = Annotated[MmvpParser, typer.Option("--parser", help="How answers are read.")]
+SharePrefix = Annotated[
+    bool, typer.Option(help="Compute each image once for its questions, where methods allow it.")
+]
+TaskImages = Annotated[Path, typer.Option("--images", help="Folder of the images.")]
 RatingOption = Annotated[MmhalReading, typer.Option("--reading", help="How ratings are read.")]
 Synonyms = Annotated[
     Path | None,

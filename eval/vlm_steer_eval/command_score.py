@@ -16,6 +16,7 @@ from .command_options import (
     BeafParserOption,
     HallusionParserOption,
     MmeParserOption,
+    MmvpParserOption,
     NormaliserOption,
     ParserOption,
     RatingOption,
@@ -30,6 +31,7 @@ __all__ = [
     "score_hallusionbench",
     "score_mme",
     "score_mmhal",
+    "score_mmvp",
     "score_opope",
     "score_pope",
 ]
@@ -189,7 +191,9 @@ def score_hallusionbench(
     ] = False,
     judge: Annotated[
         str | None,
-        typer.Option("--judge", help="recorded:FILE or endpoint:MODEL@URL instead of the parser."),
+        typer.Option(
+            "--judge", help="recorded:FILE, hf:MODEL or endpoint:MODEL@URL instead of the parser."
+        ),
     ] = None,
 ) -> None:
     """Score HallusionBench by the yes or no in the answers, or by a judge."""
@@ -262,7 +266,7 @@ def score_mmhal(
         str,
         typer.Option(
             "--judge",
-            help="recorded:FILE, or endpoint:MODEL@URL with its key in VLM_STEER_JUDGE_KEY.",
+            help="recorded:FILE, hf:MODEL, or endpoint:MODEL@URL (key in VLM_STEER_JUDGE_KEY).",
         ),
     ],
     results: ScoreOptions,
@@ -277,6 +281,21 @@ def score_mmhal(
     _show(result, f"MMHal-Bench, judge {rater.name}, n = {result['n']}")
     if result["metrics"]["unrated"]["value"]:
         _note(f"{result['metrics']['unrated']['value']} replies hold no rating and were left out")
+
+
+@spelled_out()
+def score_mmvp(
+    questions: Annotated[Path, typer.Option("--questions", help="Questions.csv.")],
+    answers: Annotated[Path, typer.Option("--answers", help="Rows with id and answer.")],
+    results: AnswerOptions,
+    parser: MmvpParserOption = "robust",
+) -> None:
+    """Score MMVP: a pair counts if both of its questions are answered correctly."""
+    from .mmvp import score_mmvp as score
+
+    result = score(questions, answers, parser=parser, **results.keywords())
+    _show(result, f"MMVP, parser {parser}, n = {result['n']}")
+    _note_unanswered(result)
 
 
 def _show(result: dict[str, Any], title: str) -> None:

@@ -25,8 +25,17 @@ from .command_score import (
     score_hallusionbench,
     score_mme,
     score_mmhal,
+    score_mmvp,
     score_opope,
     score_pope,
+)
+from .command_tasks import (
+    eval_amber,
+    eval_hallusionbench,
+    eval_mme,
+    eval_mmhal,
+    eval_mmvp,
+    eval_sycophancy,
 )
 from .command_tune import tune
 
@@ -44,6 +53,34 @@ def register(app: typer.Typer) -> None:
         "chair",
         epilog="Example: vlm-steer eval chair --model tiny --methods none,vcd --output out",
     )(eval_chair)
+    evaluate.command(
+        "amber",
+        epilog="Example: vlm-steer eval amber --data AMBER/data --images AMBER/image --model M "
+        "--methods none,var --output out",
+    )(eval_amber)
+    evaluate.command(
+        "mme",
+        epilog="Example: vlm-steer eval mme --questions MME --images MME --model M --output out",
+    )(eval_mme)
+    evaluate.command(
+        "hallusionbench",
+        epilog="Example: vlm-steer eval hallusionbench --questions HallusionBench.json "
+        "--images hallusion_bench --model M --output out",
+    )(eval_hallusionbench)
+    evaluate.command(
+        "mmhal",
+        epilog="Example: vlm-steer eval mmhal --template response_template.json --images images "
+        "--judge hf:JUDGE --model M --output out",
+    )(eval_mmhal)
+    evaluate.command(
+        "mmvp",
+        epilog="Example: vlm-steer eval mmvp --questions Questions.csv --images 'MMVP Images' "
+        "--model M --output out",
+    )(eval_mmvp)
+    evaluate.command(
+        "sycophancy",
+        epilog="Example: vlm-steer eval sycophancy --model tiny --methods none,lqcd --output out",
+    )(eval_sycophancy)
     evaluate.command("presets", epilog="Example: vlm-steer eval presets pope/official")(
         eval_presets
     )
@@ -88,6 +125,11 @@ def register(app: typer.Typer) -> None:
         epilog="Example: vlm-steer score mmhal --responses responses.json "
         "--judge recorded:replies.jsonl --output out",
     )(score_mmhal)
+    score.command(
+        "mmvp",
+        epilog="Example: vlm-steer score mmvp --questions Questions.csv --answers answers.jsonl "
+        "--output out",
+    )(score_mmvp)
     app.add_typer(evaluate, name="eval")
     app.add_typer(score, name="score")
     app.command(

@@ -19,7 +19,7 @@ from vlm_steer.report import (
 
 from .benchmarks import BENCHMARKS
 from .comparing import ALL
-from .tables import SHOWN, format_difference, format_metric
+from .tables import SHOWN, as_shown, format_difference, format_metric
 
 __all__ = ["comparison_blocks", "comparison_text", "remarks"]
 
@@ -234,7 +234,7 @@ def _chart(result: Mapping[str, Any]) -> Chart:
     part = _main(result)
     panels = {
         f"Δ {name}": [
-            _estimate(arm, parts[part][name], better.get(name))
+            _estimate(arm, name, parts[part][name], better.get(name))
             for arm, parts in result["differences"].items()
         ]
         for name, with_difference in SHOWN[result["benchmark"]].items()
@@ -244,15 +244,15 @@ def _chart(result: Mapping[str, Any]) -> Chart:
     return Chart(f"Change ({part})", interval_chart(panels, reference=0.0), note)
 
 
-def _estimate(arm: str, entry: Mapping[str, Any], higher: bool | None) -> Estimate:
+def _estimate(arm: str, name: str, entry: Mapping[str, Any], higher: bool | None) -> Estimate:
     if entry["value"] is None or entry["ci95"] is None:
         nowhere = float("nan")
         return Estimate(arm, nowhere, nowhere, nowhere)
     tone = "plain"
     if higher is not None and entry.get("p_holm", 1.0) < 0.05:
         tone = "good" if (entry["value"] > 0) == higher else "bad"
-    low, high = entry["ci95"]
-    return Estimate(arm, 100 * entry["value"], 100 * low, 100 * high, tone)
+    value, low, high = (as_shown(name, number) for number in (entry["value"], *entry["ci95"]))
+    return Estimate(arm, value, low, high, tone)
 
 
 def _frontier_chart(found: Mapping[str, Any]) -> Chart:

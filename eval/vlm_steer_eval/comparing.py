@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from vlm_steer.errors import ConfigError
 
-from .benchmarks import BENCHMARKS, BINARY
+from .benchmarks import BENCHMARKS, BINARY, discordant
 from .counts import Unit
 from .frontier import Axes, frontier
 from .matched import (
@@ -190,11 +188,8 @@ class _Comparison:
         before, after = _rows(self.base, units), _rows(arm, units)
         table = compare(self.metrics, before, after, self._images(units), **self._resampling)
         if self._runs.benchmark in BINARY:
-            metric, columns, _ = BINARY[self._runs.benchmark]
-            indices = [self.metrics.columns.index(column) for column in columns]
-            base_hits, arm_hits = (np.asarray(rows)[:, indices].any(1) for rows in (before, after))
-            only_base = int((base_hits & ~arm_hits).sum())
-            only_arm = int((arm_hits & ~base_hits).sum())
+            metric, _, _ = BINARY[self._runs.benchmark]
+            only_base, only_arm = discordant(self._runs.benchmark, before, after)
             table[metric]["mcnemar_p"] = mcnemar(only_base, only_arm).exact_p
             table[metric]["discordant"] = (only_base + only_arm) / len(units)
             table[metric]["detectable"] = minimum_detectable_difference(

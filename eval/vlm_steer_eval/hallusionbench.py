@@ -29,8 +29,10 @@ __all__ = [
     "is_right",
     "judge_prompt",
     "load_hallusion",
+    "read_hallusion",
     "read_verdict",
     "score_hallusionbench",
+    "verdict_of",
 ]
 
 Verdict = Literal["wrong", "right", "unclear"]
@@ -52,6 +54,7 @@ class HallusionQuestion:
         text: the question.
         label: the true answer.
         details: the true answer as a sentence, which a judge is shown.
+        filename: the picture's file; empty for none.
     """
 
     category: str
@@ -63,6 +66,7 @@ class HallusionQuestion:
     text: str
     label: Answer
     details: str = ""
+    filename: str = ""
 
     @property
     def id(self) -> str:
@@ -107,6 +111,7 @@ def load_hallusion(path: Path) -> list[HallusionQuestion]:
                 text=str(row.get("question", "")),
                 label="yes" if label == "1" else "no",
                 details=str(row.get("gt_answer_details", "")),
+                filename=str(row.get("filename") or ""),
             )
         )
     return questions
@@ -196,9 +201,9 @@ def score_hallusionbench(
         missing=missing,
     )
     kept = [question for question in asked if question.id in given]
-    read = [_read(parser, given[question.id], question.label) for question in kept]
+    read = [read_hallusion(parser, given[question.id], question.label) for question in kept]
     if judge is None:
-        verdicts = [_verdict(answer, q.label) for answer, q in zip(read, kept, strict=True)]
+        verdicts = [verdict_of(answer, q.label) for answer, q in zip(read, kept, strict=True)]
     else:
         replies = judge.ask({q.id: judge_prompt(q, given[q.id]) for q in kept})
         verdicts = [read_verdict(replies[q.id]) for q in kept]
@@ -235,13 +240,15 @@ def score_hallusionbench(
     return result
 
 
-def _read(parser: HallusionParser, text: str, label: Answer) -> Answer | None:
+def read_hallusion(parser: HallusionParser, text: str, label: Answer) -> Answer | None:
+    """The yes or no in an answer; None where it cannot be read."""
     if parser == "lmms_intern":
         return "yes" if "yes" in text.lower() else "no"
     return parse_answer(parser, text, label).answer
 
 
-def _verdict(answer: Answer | None, label: Answer) -> Verdict:
+def verdict_of(answer: Answer | None, label: Answer) -> Verdict:
+    """Whether a reading is right."""
     if answer is None:
         return "unclear"
     return "right" if answer == label else "wrong"

@@ -26,6 +26,9 @@ __all__ = [
     "TASK_METRICS",
     "MmeRow",
     "load_mme",
+    "load_mme_questions",
+    "mme_counts",
+    "read_mme",
     "read_official",
     "score_mme",
 ]
@@ -91,7 +94,8 @@ def _read_lmms_eval(text: str) -> Answer | None:
     return read_official(lowered)
 
 
-def _read(parser: MmeParser, text: str, label: Answer) -> Answer | None:
+def read_mme(parser: MmeParser, text: str, label: Answer) -> Answer | None:
+    """The yes or no in an answer; None where it cannot be read."""
     if parser == "official":
         return read_official(text)
     if parser == "lmms_eval":
@@ -141,8 +145,9 @@ def score_mme(
         DataError: a file cannot be used, or an image does not have its two questions.
     """
     pairs = _pairs(answers, load_mme(answers))
-    readings = [[_read(parser, row.text, row.label) for row in pair] for pair in pairs]
-    counts = [_task_counts(pair, read) for pair, read in zip(pairs, readings, strict=True)]
+    readings = [[read_mme(parser, row.text, row.label) for row in pair] for pair in pairs]
+    labels = [[row.label for row in pair] for pair in pairs]
+    counts = [_task_counts(truth, read) for truth, read in zip(labels, readings, strict=True)]
     tasks = [pair[0].task for pair in pairs]
     clusters = [f"{pair[0].task}/{pair[0].image}" for pair in pairs]
     spread = [_spread(task, row) for task, row in zip(tasks, counts, strict=True)]
@@ -202,7 +207,22 @@ def _pairs(path: Path, rows: Sequence[MmeRow]) -> list[tuple[MmeRow, MmeRow]]:
     return pairs
 
 
-def _folder_rows(folder: Path) -> list[MmeRow]:
+def load_mme_questions(folder: Path) -> dict[str, tuple[MmeRow, MmeRow]]:
+    """Name of a pair -> its questions, from a folder of TASK.txt without answers.
+
+    Raises:
+        DataError: a file is malformed, or an image does not have its two questions.
+    """
+    rows = _folder_rows(folder, columns=("image", "question", "label"))
+    if not rows:
+        raise DataError(f"{folder} holds no TASK.txt of MME; expected one of {', '.join(_TASKS)}")
+    pairs = _pairs(folder, rows)
+    return {f"{n}/{pair[0].task}/{pair[0].image}": pair for n, pair in enumerate(pairs)}
+
+
+def _folder_rows(
+    folder: Path, columns: Sequence[str] = ("image", "question", "label", "answer")
+) -> list[MmeRow]:
     rows: list[MmeRow] = []
     for task in _TASKS:
         path = folder / f"{task}.txt"
@@ -216,12 +236,12 @@ def _folder_rows(folder: Path) -> list[MmeRow]:
             ) from error
         for number, line in enumerate(lines, 1):
             parts = line.split("\t")
-            if len(parts) != 4:
+            if len(parts) != len(columns):
                 raise DataError(
-                    f"{path}, line {number}: expected image, question, label and answer between "
-                    f"tabs, found {len(parts)} parts"
+                    f"{path}, line {number}: expected {', '.join(columns[:-1])} and {columns[-1]} "
+                    f"between tabs, found {len(parts)} parts"
                 )
-            image, question, label, text = parts
+            image, question, label, text = [*parts, ""][:4]
             rows.append(MmeRow(task, image, question, _label(path, number, label), text))
     return rows
 
@@ -248,14 +268,20 @@ def _label(path: Path, number: int, value: str) -> Answer:
     return "yes" if lowered == "yes" else "no"
 
 
-def _task_counts(pair: Sequence[MmeRow], read: Sequence[Answer | None]) -> list[int]:
+def mme_counts(task: str, labels: Sequence[Answer], read: Sequence[Answer | None]) -> list[int]:
+    """One image of a task as one row of `MME_METRICS.columns`."""
+    return _spread(task, _task_counts(labels, read))
+
+
+def _task_counts(labels: Sequence[Answer], read: Sequence[Answer | None]) -> list[int]:
     """One image as one row of `TASK_METRICS.columns`."""
-    right = [row.label == answer for row, answer in zip(pair, read, strict=True)]
+    outcomes = list(zip(labels, read, strict=True))
+    right = [label == answer for label, answer in outcomes]
     cells = [
-        sum(row.label == label and answer == said for row, answer in zip(pair, read, strict=True))
-        for label, said in (("yes", "yes"), ("no", "yes"), ("no", "no"), ("yes", "no"))
+        outcomes.count(cell)
+        for cell in (("yes", "yes"), ("no", "yes"), ("no", "no"), ("yes", "no"))
     ]
-    return [len(pair), sum(right), 1, int(all(right)), *cells, sum(a is None for a in read)]
+    return [len(outcomes), sum(right), 1, int(all(right)), *cells, sum(a is None for a in read)]
 
 
 def _spread(task: str, counts: Sequence[int]) -> list[int]:

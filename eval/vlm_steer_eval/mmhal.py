@@ -17,7 +17,7 @@ from .judge import Judge
 from .metrics import MetricSet, ratio, summarise
 from .scoring import summarise_parts, write_scores
 
-__all__ = ["MMHAL_METRICS", "judge_prompt", "read_rating", "score_mmhal"]
+__all__ = ["MMHAL_METRICS", "judge_prompt", "rating_counts", "read_rating", "score_mmhal"]
 
 _HIGHEST = 6
 _HALLUCINATED_BELOW = 3
@@ -92,7 +92,7 @@ def score_mmhal(
             )
     replies = judge.ask({str(index): judge_prompt(row) for index, row in enumerate(rows)})
     ratings = [read_rating(replies[str(index)], reading) for index in range(len(rows))]
-    counts = [_counts(rating) for rating in ratings]
+    counts = [rating_counts(rating) for rating in ratings]
     clusters = [str(row.get("image_id", index)) for index, row in enumerate(rows)]
     parts = [str(row.get("question_type", "")) for row in rows]
     result: dict[str, Any] = {
@@ -124,7 +124,8 @@ def score_mmhal(
     return result
 
 
-def _counts(rating: int | None) -> list[int]:
+def rating_counts(rating: int | None) -> list[int]:
+    """A rating as one row of `MMHAL_METRICS.columns`."""
     if rating is None:
         return [0, 0, 0, 1]
     return [1, rating, int(rating < _HALLUCINATED_BELOW), 0]

@@ -34,6 +34,7 @@ class PopeQuestion:
         text: the question.
         label: the true answer.
         category: the split it belongs to in a merged file; empty otherwise.
+        after: id of the question before it in its dialogue; empty for none.
     """
 
     id: str
@@ -41,6 +42,7 @@ class PopeQuestion:
     text: str
     label: Answer
     category: str = ""
+    after: str = ""
 
     @property
     def cluster(self) -> str:
@@ -160,8 +162,7 @@ def _question(path: Path, number: int, row: Mapping[str, Any]) -> PopeQuestion:
     text, label = row.get("text"), str(row.get("label")).strip().lower()
     if isinstance(text, list):
         raise DataError(
-            f"{path}, row {number}: this is a multi-turn file; expected one question per row. "
-            "Its answers can be scored, but not yet generated"
+            f"{path}, row {number}: this is a multi-turn file; expected one question per row"
         )
     if not isinstance(text, str) or label not in ("yes", "no"):
         raise DataError(
@@ -174,6 +175,7 @@ def _question(path: Path, number: int, row: Mapping[str, Any]) -> PopeQuestion:
         text=text,
         label="yes" if label == "yes" else "no",
         category=str(row.get("category", "")),
+        after=str(row.get("after", "")),
     )
 
 
@@ -207,6 +209,7 @@ def _dialogue(path: Path, number: int, row: Mapping[str, Any]) -> list[PopeQuest
                 "text": text,
                 "label": label,
                 "category": f"turn {turn}",
+                "after": f"{name}/{turn - 1}" if turn > 1 else "",
             },
         )
         for turn, (text, label) in enumerate(zip(row["text"], labels, strict=True), 1)

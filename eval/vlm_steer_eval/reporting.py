@@ -17,11 +17,10 @@ from vlm_steer.report import (
     thumbnail,
 )
 
-from .chair import CHAIR_METRICS
-from .pope import POPE_METRICS
+from .benchmarks import BENCHMARKS
 from .results import ALL, Scores
 from .runner import RunResult
-from .tables import SHOWN, footnotes, format_difference, format_metric
+from .tables import SHOWN, as_shown, footnotes, format_difference, format_metric
 from .tasks import Item, Scored, Task
 
 __all__ = ["evaluation_blocks"]
@@ -30,8 +29,6 @@ _CHARTED = {
     "pope": ("accuracy", "f1", "yes_ratio"),
     "chair": ("CHAIRi", "CHAIRs", "Recall"),
 }
-
-_BETTER_HIGH = {**(POPE_METRICS.higher_is_better or {}), **(CHAIR_METRICS.higher_is_better or {})}
 
 
 def evaluation_blocks(
@@ -83,21 +80,22 @@ def _table(summary: Mapping[str, Any], split: str, title: str) -> Table:
 def _value_chart(summary: Mapping[str, Any], split: str, title: str) -> Chart:
     panels = {
         name: [
-            _estimate(arm, by_split[split]["metrics"][name], "plain")
+            _estimate(arm, name, by_split[split]["metrics"][name], "plain")
             for arm, by_split in summary["arms"].items()
         ]
-        for name in _CHARTED[summary["benchmark"]]
+        for name in _charted(summary["benchmark"])
     }
     return Chart(title, interval_chart(panels), "Percent; intervals resample whole images.")
 
 
 def _difference_chart(summary: Mapping[str, Any], split: str, title: str) -> Chart:
     panels = {}
-    for name in _CHARTED[summary["benchmark"]]:
+    better = BENCHMARKS[summary["benchmark"]].higher_is_better or {}
+    for name in _charted(summary["benchmark"]):
         estimates = []
         for arm, by_split in summary["differences"].items():
             entry = by_split[split][name]
-            estimates.append(_estimate(arm, entry, _tone(entry, _BETTER_HIGH.get(name))))
+            estimates.append(_estimate(arm, name, entry, _tone(entry, better.get(name))))
         panels[f"Δ {name}"] = estimates
     note = "Percentage points, paired by image; coloured where Holm-corrected p < 0.05."
     return Chart(title, interval_chart(panels, reference=0.0), note)
@@ -109,12 +107,18 @@ def _tone(entry: Mapping[str, Any], higher_is_better: bool | None) -> str:
     return "good" if (entry["value"] > 0) == higher_is_better else "bad"
 
 
-def _estimate(label: str, entry: Mapping[str, Any], tone: str) -> Estimate:
+def _charted(benchmark: str) -> Sequence[str]:
+    """The metrics to draw; by default those that are shown with their difference."""
+    shown = [name for name, with_difference in SHOWN[benchmark].items() if with_difference]
+    return _CHARTED.get(benchmark, shown)
+
+
+def _estimate(label: str, name: str, entry: Mapping[str, Any], tone: str) -> Estimate:
     if entry["value"] is None or entry["ci95"] is None:
         nowhere = float("nan")
         return Estimate(label, nowhere, nowhere, nowhere)
-    low, high = entry["ci95"]
-    return Estimate(label, 100 * entry["value"], 100 * low, 100 * high, tone)
+    value, low, high = (as_shown(name, number) for number in (entry["value"], *entry["ci95"]))
+    return Estimate(label, value, low, high, tone)
 
 
 def _telling_items(task: Task, run: RunResult, scores: Scores) -> list[Item]:
@@ -124,7 +128,8 @@ def _telling_items(task: Task, run: RunResult, scores: Scores) -> list[Item]:
     ]
 
     def variety(item: Item) -> int:
-        return len({tuple(scores[arm][item.id].counts) for arm in run.records})
+        found = [scores[arm][item.id] for arm in run.records]
+        return len({(*score.counts, score.details.get("parsed")) for score in found})
 
     seen: set[str] = set()
     chosen = []
@@ -151,11 +156,15 @@ def _sample(item: Item, run: RunResult, scores: Scores) -> Sample:
 def _truth(item: Item) -> str:
     if "label" in item.gold:
         return str(item.gold["label"])
+    if "objects" not in item.gold:
+        return str(item.gold.get("truth", ""))
     return ", ".join(sorted(item.gold["objects"])) or "no object of the vocabulary"
 
 
 def _answer(arm: str, text: str, scored: Scored) -> MarkedText:
     details = scored.details
+    if "mentions" not in details and "parsed" not in details:
+        return MarkedText(arm, text, (), str(details.get("note", "")))
     if "mentions" not in details:
         right = details["parsed"] == details["label"]
         read = "unread" if details["parsed"] is None else f"read as {details['parsed']}"

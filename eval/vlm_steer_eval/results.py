@@ -1,11 +1,13 @@
 """From answers to scores: intervals per arm and split, paired differences, parser sensitivity."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .arms import BASELINE
+from .benchmarks import BINARY, discordant
 from .counts import Unit
 from .first_token import first_token_scores, ranked_auroc
 from .metrics import compare, summarise
@@ -54,7 +56,8 @@ def evaluate(
         after Holm's correction over the arms; and what else there is to know about the run.
     """
     usable = [item for item in task.items if item.id in run.records[BASELINE]]
-    splits = _splits(usable)
+    counted = units(task, scores)
+    parts = _parts(counted[BASELINE], usable)
     result: dict[str, Any] = {
         "benchmark": task.name,
         **task.scoring,
@@ -63,15 +66,15 @@ def evaluate(
         "n_images": len({item.cluster for item in usable}),
         "arms": {
             arm: {
-                name: _summary(task, items, run.records[arm], scores[arm], n_resamples, seed)
-                for name, items in splits.items()
+                name: _summary(task, part, counted[arm], run.records[arm], n_resamples, seed)
+                for name, part in parts.items()
             }
             for arm in run.records
         },
         "differences": {
             arm: {
-                name: _difference(task, items, scores[BASELINE], scores[arm], n_resamples, seed)
-                for name, items in splits.items()
+                name: _difference(task, part, counted[BASELINE], counted[arm], n_resamples, seed)
+                for name, part in parts.items()
             }
             for arm in run.records
             if arm != BASELINE
@@ -110,15 +113,8 @@ def sample_rows(task: Task, run: RunResult, scores: Scores) -> list[dict[str, An
 
 
 def units(task: Task, scores: Scores) -> dict[str, list[Unit]]:
-    """Arm -> the counts of its answers."""
-    return {
-        arm: [
-            Unit(item.id, item.cluster, item.split, by_item[item.id].counts)
-            for item in task.items
-            if item.id in by_item
-        ]
-        for arm, by_item in scores.items()
-    }
+    """Arm -> the counts that its metrics are computed from."""
+    return {arm: task.units(by_item) for arm, by_item in scores.items()}
 
 
 def auroc(margins: Sequence[float | None], positives: Sequence[bool]) -> float | None:
@@ -134,27 +130,47 @@ def auroc(margins: Sequence[float | None], positives: Sequence[bool]) -> float |
     return None if np.isnan(area) else area
 
 
-def _splits(items: Sequence[Item]) -> dict[str, list[Item]]:
-    splits: dict[str, list[Item]] = {}
-    for item in items:
-        splits.setdefault(item.split, []).append(item)
-    return splits if len(splits) == 1 else {**splits, ALL: list(items)}
+@dataclass(frozen=True)
+class _Part:
+    """A part of a benchmark: indices of its units, and the items that they come from."""
+
+    indices: Sequence[int]
+    items: Sequence[Item]
+
+    def counts(self, units: Sequence[Unit]) -> list[Sequence[float]]:
+        return [units[index].counts for index in self.indices]
+
+    def clusters(self, units: Sequence[Unit]) -> list[str]:
+        return [units[index].cluster for index in self.indices]
+
+
+def _parts(units: Sequence[Unit], items: Sequence[Item]) -> dict[str, _Part]:
+    """The parts in order of appearance, and all of them last where there are several."""
+    by_name: dict[str, list[int]] = {}
+    for index, unit in enumerate(units):
+        by_name.setdefault(unit.part, []).append(index)
+    parts = {
+        name: _Part(indices, [item for item in items if item.split == name])
+        for name, indices in by_name.items()
+    }
+    return parts if len(parts) == 1 else {**parts, ALL: _Part(range(len(units)), items)}
 
 
 def _summary(
     task: Task,
-    items: Sequence[Item],
+    part: _Part,
+    units: Sequence[Unit],
     records: Mapping[str, Mapping[str, Any]],
-    scores: Mapping[str, Scored],
     n_resamples: int,
     seed: int,
 ) -> dict[str, Any]:
+    items = part.items
     summary: dict[str, Any] = {
-        "n": len(items),
+        "n": len(part.indices),
         "metrics": summarise(
             task.metrics,
-            [scores[item.id].counts for item in items],
-            [item.cluster for item in items],
+            part.counts(units),
+            part.clusters(units),
             n_resamples=n_resamples,
             seed=seed,
         ),
@@ -178,32 +194,19 @@ def _summary(
 
 def _difference(
     task: Task,
-    items: Sequence[Item],
-    baseline: Mapping[str, Scored],
-    treated: Mapping[str, Scored],
+    part: _Part,
+    baseline: Sequence[Unit],
+    treated: Sequence[Unit],
     n_resamples: int,
     seed: int,
 ) -> dict[str, Any]:
-    before = [baseline[item.id].counts for item in items]
-    after = [treated[item.id].counts for item in items]
-    clusters = [item.cluster for item in items]
+    before, after = part.counts(baseline), part.counts(treated)
+    clusters = part.clusters(baseline)
     table = compare(task.metrics, before, after, clusters, n_resamples=n_resamples, seed=seed)
-    for metric in ("accuracy", "CHAIRs"):
-        if metric in table:
-            outcomes = [
-                (_is_right(metric, task, a), _is_right(metric, task, b))
-                for a, b in zip(before, after, strict=True)
-            ]
-            only_before = sum(a and not b for a, b in outcomes)
-            only_after = sum(b and not a for a, b in outcomes)
-            table[metric]["mcnemar_p"] = mcnemar(only_before, only_after).exact_p
+    if task.name in BINARY:
+        only_before, only_after = discordant(task.name, before, after)
+        table[BINARY[task.name][0]]["mcnemar_p"] = mcnemar(only_before, only_after).exact_p
     return table
-
-
-def _is_right(metric: str, task: Task, counts: Sequence[float]) -> bool:
-    """Whether an answer is correct, or a caption free of hallucinations."""
-    row = dict(zip(task.metrics.columns, counts, strict=True))
-    return bool(row["TP"] or row["TN"]) if metric == "accuracy" else not row["hallucinating"]
 
 
 def _adjust(differences: Mapping[str, Mapping[str, Mapping[str, dict[str, Any]]]]) -> None:

@@ -141,11 +141,31 @@ def _collected(
     """Arm -> item -> record."""
     missing = sum(key not in records for by_item in keys.values() for key in by_item.values())
     if missing:
-        raise DataError(
-            f"{missing} answers are missing, since a process ended early; run the same command "
-            "again, which generates only those"
-        )
+        raise _answers_missing(missing)
     return {arm: {i: records[key] for i, key in by_item.items()} for arm, by_item in keys.items()}
+
+
+def _answers_missing(count: int) -> DataError:
+    return DataError(
+        f"{count} answers are missing, since a process ended early; run the same command again, "
+        "which generates only those"
+    )
+
+
+def _turns(items: Mapping[str, Item]) -> list[list[Item]]:
+    """Items that begin a conversation, those that follow them, and so on."""
+    depth: dict[str, int] = {}
+    for item in items.values():
+        path = [item]
+        while (earlier := path[-1].after) is not None and earlier not in depth:
+            path.append(items[earlier])
+        start = -1 if path[-1].after is None else depth[str(path[-1].after)]
+        for step, member in enumerate(reversed(path), 1):
+            depth[member.id] = start + step
+    groups: list[list[Item]] = [[] for _ in range(1 + max(depth.values(), default=-1))]
+    for item in items.values():
+        groups[depth[item.id]].append(item)
+    return groups
 
 
 class _ArmRun:
@@ -177,10 +197,33 @@ class _ArmRun:
 
     def run(self, items: Sequence[Item]) -> dict[str, str]:
         """Generate this process's share; returns the key of every item's record."""
-        prompts = {item.id: render_prompt(self._generator.processor, item.prompt) for item in items}
-        keys = {item.id: self._key(item, prompts[item.id]) for item in items}
-        self._generate(items, prompts, keys)
+        by_id = {item.id: item for item in items}
+        keys: dict[str, str] = {}
+        for turn, group in enumerate(_turns(by_id)):
+            if turn:
+                self._read_the_others()
+            prompts = {item.id: self._prompt(item, by_id, keys) for item in group}
+            keys |= {item.id: self._key(item, prompts[item.id]) for item in group}
+            self._generate(group, prompts, keys)
         return keys
+
+    def _prompt(self, item: Item, by_id: Mapping[str, Item], keys: Mapping[str, str]) -> str:
+        """The whole prompt, with the earlier turns of a conversation as they were answered."""
+        history: list[tuple[str, str]] = []
+        earlier = item.after
+        while earlier is not None:
+            record = self._log.records.get(keys[earlier])
+            if record is None:
+                raise _answers_missing(1)
+            history.insert(0, (by_id[earlier].prompt, record["text"]))
+            earlier = by_id[earlier].after
+        return render_prompt(self._generator.processor, item.prompt, history)
+
+    def _read_the_others(self) -> None:
+        """Wait for the other processes, and read what they have logged."""
+        if self._workers.size > 1:
+            self._workers.wait()
+            self._log.records |= read_logs(_logs(self._timings.parent))
 
     def _batches(
         self, items: Sequence[Item], prompts: Mapping[str, str], steering: Steering

@@ -32,14 +32,27 @@ from .pope import Answer, parse_answer
 from .questions import check_answered, load_texts
 from .scoring import summarise_parts, write_scores
 
-__all__ = ["PARTS", "load_similarity", "score_amber"]
+__all__ = [
+    "PARTS",
+    "AmberItem",
+    "ScoredItem",
+    "dimension",
+    "load_items",
+    "load_queries",
+    "load_similarity",
+    "load_vocabulary",
+    "score_amber",
+    "score_item",
+]
 
 PARTS: tuple[str, ...] = get_args(AmberPart)
 """Parts of the benchmark that can be scored alone."""
 
 
 @dataclass(frozen=True)
-class _Item:
+class AmberItem:
+    """One annotated item: its type, its image, and what is true and what would be invented."""
+
     id: str
     type: str
     image: str
@@ -48,8 +61,10 @@ class _Item:
 
 
 @dataclass(frozen=True)
-class _Scored:
-    item: _Item
+class ScoredItem:
+    """A scored item: its counts, and its row of `samples.jsonl`."""
+
+    item: AmberItem
     counts: list[int]
     row: dict[str, Any]
 
@@ -93,7 +108,7 @@ def score_amber(
     if part not in PARTS:
         raise ConfigError(f"--part {part!r} is unknown; choose one of {', '.join(PARTS)}")
     alike = load_similarity(similarity)
-    items = _items(data, part)
+    items = load_items(data, part)
     given = load_texts(answers, ("id", "question_id"), ("response", "answer", "text"))
     unanswered = check_answered(
         answers,
@@ -105,10 +120,10 @@ def score_amber(
         missing=missing,
     )
     kept = [item for item in items if item.id in given]
-    vocabulary = _vocabulary(data)
+    vocabulary = load_vocabulary(data)
     captions = any(item.type == "generative" for item in kept)
     nltk = load_nltk("scoring AMBER's captions", "pass --part discriminative") if captions else None
-    scored = [_score(item, given[item.id], vocabulary, nltk, parser, alike) for item in kept]
+    scored = [score_item(item, given[item.id], vocabulary, nltk, parser, alike) for item in kept]
     counts = [entry.counts for entry in scored]
     clusters = [entry.item.image for entry in scored]
     result: dict[str, Any] = {
@@ -127,7 +142,7 @@ def score_amber(
     }
     if output is not None:
         title = f"AMBER {part}, parser {parser}, similarity {similarity}, n = {len(kept)}"
-        units = [Unit(e.item.id, e.item.image, _dimension(e.item.type), e.counts) for e in scored]
+        units = [Unit(e.item.id, e.item.image, dimension(e.item.type), e.counts) for e in scored]
         write_scores(output, result, [entry.row for entry in scored], units, title)
     return result
 
@@ -163,8 +178,13 @@ def load_similarity(name: str) -> Similarity:
     return alike
 
 
-def _items(data: Path, part: str) -> list[_Item]:
-    images = _images(data)
+def load_items(data: Path, part: str) -> list[AmberItem]:
+    """The items of a part, from `annotations.json`.
+
+    Raises:
+        DataError: the file is malformed, or holds none of that part.
+    """
+    images = {key: str(row["image"]) for key, row in _query_rows(data).items()}
     items = []
     for number, row in enumerate(read_rows(data / "annotations.json"), 1):
         kind, truth = row.get("type"), row.get("truth")
@@ -177,7 +197,7 @@ def _items(data: Path, part: str) -> list[_Item]:
         if _belongs(str(kind), part):
             name = str(row["id"])
             image = images.get(name, f"image {name}" if listed else f"question {name}")
-            items.append(_Item(name, str(kind), image, truth, row.get("hallu", ())))
+            items.append(AmberItem(name, str(kind), image, truth, row.get("hallu", ())))
     if not items:
         raise DataError(f"{data / 'annotations.json'} holds no items of --part {part}")
     return items
@@ -194,22 +214,31 @@ def _belongs(kind: str, part: str) -> bool:
     return (kind == "generative") == (part == "generative")
 
 
-def _dimension(kind: str) -> str:
+def dimension(kind: str) -> str:
     """The part that an item belongs to: generative, existence, attribute or relation."""
     return next((part for part in PARTS[3:] if kind in DIMENSIONS[part]), "generative")
 
 
-def _images(data: Path) -> dict[str, str]:
-    """Item id -> image, from whichever query files there are."""
-    images: dict[str, str] = {}
-    for path in sorted((data / "query").glob("*.json")):
-        for row in read_rows(path):
-            if row.get("id") is not None and row.get("image"):
-                images[str(row["id"])] = str(row["image"])
-    return images
+def load_queries(data: Path) -> dict[str, str]:
+    """Item id -> what the model is asked, from whichever query files there are."""
+    return {key: str(row.get("query", "")) for key, row in _query_rows(data).items()}
 
 
-def _vocabulary(data: Path) -> Vocabulary:
+def _query_rows(data: Path) -> dict[str, dict[str, Any]]:
+    return {
+        str(row["id"]): row
+        for path in sorted((data / "query").glob("*.json"))
+        for row in read_rows(path)
+        if row.get("id") is not None and row.get("image")
+    }
+
+
+def load_vocabulary(data: Path) -> Vocabulary:
+    """The words of `relation.json` and `safe_words.txt`.
+
+    Raises:
+        DataError: a file cannot be used.
+    """
     relations = read_json(data / "relation.json")
     if not isinstance(relations, dict):
         raise DataError(f"{data / 'relation.json'}: expected an object of word -> associates")
@@ -223,14 +252,15 @@ def _vocabulary(data: Path) -> Vocabulary:
     return Vocabulary(relations, frozenset(word.strip() for word in words if word.strip()))
 
 
-def _score(
-    item: _Item,
+def score_item(
+    item: AmberItem,
     text: str,
     vocabulary: Vocabulary,
     nltk: Nltk | None,
     parser: AmberParser,
     similarity: Similarity,
-) -> _Scored:
+) -> ScoredItem:
+    """Score one caption or answer; see `score_amber`."""
     row: dict[str, Any] = {"id": item.id, "type": item.type, "image": item.image, "text": text}
     if nltk is not None and item.type == "generative":
         nouns = [
@@ -239,11 +269,11 @@ def _score(
             if tag.startswith("NN")
         ]
         caption = read_caption(nouns, item.truth, item.invented, vocabulary, similarity)
-        return _Scored(item, generative_counts(caption), row | _caption_row(caption, item))
+        return ScoredItem(item, generative_counts(caption), row | _caption_row(caption, item))
     truth: Answer = "yes" if item.truth == "yes" else "no"
     answer = _read(text, truth, parser)
     counts = question_counts(answer, truth, unread=answer is None)
-    return _Scored(item, counts, row | {"label": truth, "parsed": answer})
+    return ScoredItem(item, counts, row | {"label": truth, "parsed": answer})
 
 
 def _read(text: str, truth: Answer, parser: AmberParser) -> Answer | None:
@@ -254,7 +284,7 @@ def _read(text: str, truth: Answer, parser: AmberParser) -> Answer | None:
     return "no" if text == "No" else None
 
 
-def _caption_row(caption: Caption, item: _Item) -> dict[str, Any]:
+def _caption_row(caption: Caption, item: AmberItem) -> dict[str, Any]:
     return {
         "nouns": list(caption.nouns),
         "hallucinated": list(caption.hallucinated),
@@ -263,7 +293,7 @@ def _caption_row(caption: Caption, item: _Item) -> dict[str, Any]:
     }
 
 
-def _categories(scored: Sequence[_Scored], n_resamples: int, seed: int) -> dict[str, Any]:
+def _categories(scored: Sequence[ScoredItem], n_resamples: int, seed: int) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for name, types in DIMENSIONS.items():
         chosen = [entry for entry in scored if entry.item.type in types]
@@ -279,7 +309,7 @@ def _categories(scored: Sequence[_Scored], n_resamples: int, seed: int) -> dict[
     return table
 
 
-def _official(scored: Sequence[_Scored]) -> dict[str, dict[str, float]]:
+def _official(scored: Sequence[ScoredItem]) -> dict[str, dict[str, float]]:
     """What the published script prints for these answers under this parser and similarity."""
     questions = [entry for entry in scored if entry.item.type != "generative"]
     numbers = {
@@ -296,7 +326,7 @@ def _official(scored: Sequence[_Scored]) -> dict[str, dict[str, float]]:
     return {name: values for name, values in numbers.items() if values}
 
 
-def _sums(scored: Sequence[_Scored]) -> Mapping[str, float]:
+def _sums(scored: Sequence[ScoredItem]) -> Mapping[str, float]:
     columns = AMBER_METRICS.columns
     rows = np.array([entry.counts for entry in scored], dtype=np.float64).reshape(-1, len(columns))
     return dict(zip(columns, rows.sum(0).tolist(), strict=True))

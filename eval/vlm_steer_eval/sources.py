@@ -140,7 +140,7 @@ def local_pope(
 
     Args:
         questions: POPE-format files; each is a split named by the end of its name, or by its rows'
-            `category`.
+            `category`. Of dialogues every turn is asked after the answers before it.
         images: folder of the images that the questions name.
         limit: number of images; None for all.
         seed: seed of their choice.
@@ -151,11 +151,12 @@ def local_pope(
         DataError: a file is malformed, or the folder does not exist.
     """
     _require_folder(images)
-    files = {path: load_questions(path) for path in questions}
+    files = {path: load_questions(path, dialogues=True) for path in questions}
     chosen = set(subset((q.cluster for rows in files.values() for q in rows), limit, seed))
     names = _split_names(list(files))
+    several = len(files) > 1
     items = [
-        _question_item(question, question.category or names[path], images, suffix)
+        _question_item(question, names[path], images, suffix, several=several)
         for path, rows in files.items()
         for question in rows
         if question.cluster in chosen
@@ -328,14 +329,21 @@ def _built_items(
     ]
 
 
-def _question_item(question: PopeQuestion, split: str, images: Path, suffix: str) -> Item:
+def _question_item(
+    question: PopeQuestion, file: str, images: Path, suffix: str, *, several: bool
+) -> Item:
+    """One question; dialogues of several files are split by file, those of one file by turn."""
+    is_dialogue = bool(question.after) or question.category.startswith("turn ")
+    split = file if is_dialogue and several else question.category or file
+    prefix = file if is_dialogue else split
     return Item(
-        id=f"{split}/{question.id}",
+        id=f"{prefix}/{question.id}",
         image=FileImage(images / question.image),
         prompt=question.text + suffix,
         split=split,
         cluster=question.cluster,
         gold={"label": question.label},
+        after=f"{prefix}/{question.after}" if question.after else None,
     )
 
 

@@ -11,6 +11,7 @@ from .presets import preset_remarks
 
 __all__ = [
     "SHOWN",
+    "as_shown",
     "comparison_tables",
     "footnotes",
     "format_difference",
@@ -31,16 +32,36 @@ SHOWN: Mapping[str, Mapping[str, bool]] = {
     },
     "chair": {"CHAIRs": True, "CHAIRi": True, "Recall": True, "F1": False, "Len": True},
     "amber": {"CHAIR": True, "Cover": True, "Hal": True, "Cog": False, "f1": True},
-    "mme": {"perception": True, "cognition": True, "hallucination": True, "yes_ratio": True},
+    "mme": {
+        "perception": True,
+        "cognition": True,
+        "hallucination": True,
+        "accuracy": True,
+        "accuracy_plus": False,
+        "yes_ratio": True,
+    },
     "hallusionbench": {"aAcc": True, "fAcc": True, "qAcc": True, "yes_difference": True},
     "opope": {"accuracy": True, "precision": True, "recall": True, "f_0.2": True},
     "mmhal": {"rating": True, "hallucination_rate": True, "unrated": False},
+    "mmvp": {"pair_accuracy": True, "accuracy": True, "unparsed": False},
+    "sycophancy": {
+        "change": True,
+        "error_introduction": True,
+        "correction": True,
+        "imbalance": True,
+        "accuracy_after": True,
+    },
     "beaf": {"accuracy": True, "TU": True, "IG": False, "ID": True, "F1_TUID": True},
 }
 """Columns of a benchmark's table, and whether each comes with its difference."""
 
 _COUNTS = frozenset({"n", "TP", "FP", "TN", "FN", "unparsed", "unclear", "unrated", "truncated"})
-_AS_IS = frozenset({"Len", "perception", "cognition", "hallucination", "points"})
+_AS_IS = frozenset({"Len", "perception", "cognition", "hallucination", "points", "rating"})
+
+
+def as_shown(name: str, value: float) -> float:
+    """A metric's value as people read it: fractions in percent."""
+    return value if name in _AS_IS | _COUNTS else 100 * value
 
 
 def metric_table(metrics: Mapping[str, Mapping[str, Any]], title: str) -> Table:
@@ -169,7 +190,7 @@ def _number(name: str, value: float | None) -> str:
         return f"{value:.0f}"
     if name == "rating":
         return f"{value:.2f}"
-    return f"{value if name in _AS_IS else 100 * value:.1f}"
+    return f"{as_shown(name, value):.1f}"
 
 
 def _signed(name: str, value: float) -> str:

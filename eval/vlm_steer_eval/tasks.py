@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from .chair import CHAIR_METRICS, Normaliser, score_caption
+from .counts import Unit
 from .images import ImageSource
 from .metrics import MetricSet
 from .pope import POPE_METRICS, Answer, parse_answer, pope_counts
 from .scoring import caption_row
 
-__all__ = ["ChairTask", "Item", "PopeTask", "Scored", "Task"]
+__all__ = ["ChairTask", "Item", "OneUnitPerItem", "PopeTask", "Scored", "Task"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Item:
         split: the part of the benchmark it belongs to.
         cluster: the image's key, the unit of resampling.
         gold: what the scorer needs to know.
+        after: id of the item whose conversation it continues; its answer is read first.
     """
 
     id: str
@@ -32,6 +34,7 @@ class Item:
     split: str
     cluster: str
     gold: Mapping[str, Any] = field(default_factory=dict)
+    after: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,27 @@ class Task(Protocol):
         """Score one answer."""
         ...
 
+    def units(self, scores: Mapping[str, Scored]) -> list[Unit]:
+        """What metrics are computed from, given scores by item id."""
+        ...
+
+
+class OneUnitPerItem:
+    """Tasks whose answers count one by one."""
+
+    items: Sequence[Item]
+
+    def units(self, scores: Mapping[str, Scored]) -> list[Unit]:
+        """One unit per scored item."""
+        return [
+            Unit(item.id, item.cluster, item.split, scores[item.id].counts)
+            for item in self.items
+            if item.id in scores
+        ]
+
 
 @dataclass(frozen=True)
-class PopeTask:
+class PopeTask(OneUnitPerItem):
     """Yes/no questions about objects; `gold["label"]` is the answer.
 
     Attributes:
@@ -105,7 +126,7 @@ class PopeTask:
 
 
 @dataclass(frozen=True)
-class ChairTask:
+class ChairTask(OneUnitPerItem):
     """Captions; `gold["objects"]` are the image's objects.
 
     Attributes:

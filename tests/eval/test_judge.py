@@ -140,6 +140,26 @@ def test_judges_are_named_by_kind(tmp_path):
             load_judge(wrong, tmp_path)
 
 
+def test_a_model_on_this_machine_judges_once_per_prompt(tiny, tmp_path, monkeypatch):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = tiny[1].tokenizer
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    judge = load_judge(f"hf:{tmp_path / 'model'}", tmp_path / "judge.jsonl")
+    assert judge.name.startswith("hf:model@")
+    first = judge.ask({"a": "Is there a dog?"})
+    assert judge.judge.ask({"b": "Is there a dog?"}) == {"b": first["a"]}
+    monkeypatch.setattr(type(judge.judge), "ask", None)
+    assert judge.ask({"c": "Is there a dog?"}) == {"c": first["a"]}
+    with pytest.raises(ConfigError, match="no causal language model"):
+        load_judge(f"hf:{tmp_path / 'nothing'}", tmp_path / "judge.jsonl")
+
+
 def test_missing_replies_and_answers_are_named(tmp_path):
     responses = _write(tmp_path / "responses.jsonl", _rows(3))
     replies = _write(tmp_path / "replies.jsonl", [{"id": "0", "reply": "Rating: 3"}])

@@ -75,7 +75,13 @@ def test_every_option_of_a_preset_is_one_of_its_command(name, command, tmp_path)
     assert "Did you mean 'pai'" in err
 
 
-REQUIRED: dict[str, list[str]] = {}
+REQUIRED = {
+    "amber": ["--data", "d", "--images", "i"],
+    "mme": ["--questions", "q", "--images", "i"],
+    "hallusionbench": ["--questions", "q", "--images", "i"],
+    "mmhal": ["--template", "t", "--images", "i", "--judge", "hf:judge"],
+    "mmvp": ["--questions", "q", "--images", "i"],
+}
 
 
 def test_presets_are_no_methods():
