@@ -1,19 +1,21 @@
 """The arms of a comparison: named sets of methods, the unsteered one always among them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vlm_steer.config import Spec, dump, resolve
 from vlm_steer.engine.hooks import Method
 from vlm_steer.errors import ConfigError
+from vlm_steer.registry import list_methods
 
-__all__ = ["BASELINE", "Arm", "parse_arms"]
+__all__ = ["BASELINE", "Arm", "controls_among", "parse_arms", "with_controls"]
 
 BASELINE = "none"
 """The unsteered arm, against which every other arm is compared."""
 
-_SHAM = "sham:"
+_SHAM, _MASK = "sham:", "mask:"
+_SHARED_CONTROLS = ("plausibility_mask", "yes_bias")
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,14 @@ class Arm:
         return dump(self.methods)
 
 
-def parse_arms(methods: str | Mapping[str, Spec]) -> list[Arm]:
+def parse_arms(methods: "str | Mapping[str, Spec] | Sequence[Arm]") -> list[Arm]:
     """Arms of `--methods`: a comma separates them, `+` composes, `none` is added in front.
 
-    `sham:NAME` is the control of a method: as much change, in the wrong places.
+    `sham:NAME` is the control of a method: as much change, in the wrong places. `mask:NAME` is that
+    of a contrastive method: its plausibility mask alone.
 
     Args:
-        methods: "none,var,var+vcd", or arm names with their specifications.
+        methods: "none,var,var+vcd", arm names with their specifications, or arms as they are.
 
     Raises:
         ConfigError: an arm is named twice or resolves to no known method.
@@ -54,16 +57,87 @@ def parse_arms(methods: str | Mapping[str, Spec]) -> list[Arm]:
                 "by "
                 "commas, such as none,var,var+vcd"
             )
-    else:
+    elif isinstance(methods, Mapping):
         specs = dict(methods)
+    else:
+        return list(methods)
     arms = [Arm(BASELINE, ())]
     for name, spec in specs.items():
         if name != BASELINE:
-            arms.append(Arm(name, resolve(_sham_of(spec))))
+            arms.append(Arm(name, resolve(_control_of(spec))))
     return arms
 
 
-def _sham_of(spec: Spec) -> Spec:
+def with_controls(arms: Sequence[Arm]) -> list[Arm]:
+    """Each arm followed by those of its controls that exist.
+
+    A method on attention, heads or states gets its sham, a method with a plausibility mask that
+    mask alone. Arms of several methods have no controls.
+    """
+    names = {arm.name for arm in arms}
+    result: list[Arm] = []
+    for arm in arms:
+        result.append(arm)
+        if len(arm.methods) == 1 and not _is_control(arm.name):
+            made = [(_SHAM, _sham(arm.methods[0])), (_MASK, _mask(arm.methods[0]))]
+            result += [
+                Arm(f"{prefix}{arm.name}", methods)
+                for prefix, methods in made
+                if methods and f"{prefix}{arm.name}" not in names
+            ]
+    return result
+
+
+def controls_among(name: str, arms: Iterable[str]) -> list[str]:
+    """The arms that are controls of an arm: its own, and those that every method shares.
+
+    Args:
+        name: an arm, `ARM` or `FOLDER/ARM`.
+        arms: all of them.
+    """
+    # The folder in front of an arm, if any, and the arm, whose name may be a path itself.
+    parts = name.split("/")
+    splits = [("/".join(parts[:n]), "/".join(parts[n:])) for n in range(len(parts))]
+    if any(_is_control(own) for _, own in splits):
+        return []
+    wanted = {
+        f"{folder}/{control}" if folder else control
+        for folder, own in splits
+        for control in (f"{_SHAM}{own}", f"{_MASK}{own}")
+    }
+    return [o for o in arms if o in wanted or o.rpartition("/")[2] in _SHARED_CONTROLS]
+
+
+def _is_control(name: str) -> bool:
+    return name.startswith((_SHAM, _MASK)) or name in _SHARED_CONTROLS
+
+
+def _control_of(spec: Spec) -> Spec:
     if isinstance(spec, str) and spec.startswith(_SHAM):
         return {"method": "sham", "of": spec.removeprefix(_SHAM)}
+    if isinstance(spec, str) and spec.startswith(_MASK):
+        of = resolve(spec.removeprefix(_MASK))
+        masks = _mask(of[0]) if len(of) == 1 else ()
+        if not masks:
+            raise ConfigError(
+                f"{spec}: there is no such control; it takes one method that has a plausibility "
+                "mask, such as vcd"
+            )
+        return masks
     return spec
+
+
+def _sham(method: Method) -> tuple[Method, ...]:
+    (written,) = dump([method])["methods"]
+    try:
+        return resolve({"method": "sham", "of": written})
+    except ConfigError:  # of logits and branches there is no sham
+        return ()
+
+
+def _mask(method: Method) -> tuple[Method, ...]:
+    beta = getattr(method, "beta", None)
+    is_masking = method.overrides("plausible") and isinstance(beta, float)
+    if not is_masking or "plausibility_mask" not in list_methods():
+        return ()
+    return resolve({"method": "plausibility_mask", "beta": beta})

@@ -8,7 +8,7 @@ import typer
 from vlm_steer.commands.options import Seed
 
 from .choices import Missing
-from .command_options import OutputFolder, Resamples
+from .command_options import ImageFolder, OutputFolder, Resamples
 
 __all__ = ["compare"]
 
@@ -31,6 +31,10 @@ def compare(
     missing: Annotated[
         Missing, typer.Option("--missing", help="Units that not every run has.")
     ] = "error",
+    images: ImageFolder = None,
+    samples: Annotated[
+        int, typer.Option("--samples", min=0, help="Images with their answers in the report.")
+    ] = 12,
     resamples: Resamples = 10_000,
     seed: Seed = 0,
 ) -> None:
@@ -40,6 +44,7 @@ def compare(
     from .compare_report import comparison_blocks, comparison_text
     from .comparing import compare_runs
     from .files import write_json, write_text
+    from .gallery import runs_gallery
     from .runs import load_runs
     from .tables import render
 
@@ -51,7 +56,7 @@ def compare(
     page = Report(
         f"{loaded.benchmark.upper()}: {len(loaded.arms)} runs compared",
         f"baseline: {loaded.baseline}",
-        comparison_blocks(result),
+        comparison_blocks(result, runs_gallery(loaded, images=images, n_samples=samples)),
     )
     write_text(output / "report.html", render_html(page))
     typer.echo(text, nl=False)

@@ -24,6 +24,7 @@ __all__ = [
     "BeafParserOption",
     "Beams",
     "Columns",
+    "Controls",
     "Dataset",
     "DatasetSplit",
     "EmbeddedScenes",
@@ -55,6 +56,12 @@ OutputFolder = Annotated[Path, typer.Option("--output", help="Folder for the res
 Methods = Annotated[
     str,
     typer.Option("--methods", help="Arms: a comma separates them, + composes. none is always run."),
+]
+Controls = Annotated[
+    bool,
+    typer.Option(
+        "--controls", help="Run the sham, or the plausibility mask alone, beside each method."
+    ),
 ]
 Images = Annotated[
     int | None,

@@ -40,7 +40,6 @@ def run_and_show(task: "Task", run: "RunOptions", *, share_prefix: bool = False)
     """
     from vlm_steer.loading import load_model
 
-    from .arms import parse_arms
     from .pipeline import run_benchmark
     from .runner import run_arms
     from .workers import workers_from_environment
@@ -65,11 +64,11 @@ def run_and_show(task: "Task", run: "RunOptions", *, share_prefix: bool = False)
         "workers": workers,
     }
     if not workers.is_main:
-        run_arms(task, parse_arms(run.methods), model, processor, **shared)
+        run_arms(task, run.arms(), model, processor, **shared)
         return
     result = run_benchmark(
         task,
-        run.methods,
+        run.arms(),
         model,
         processor,
         n_resamples=run.resamples,
@@ -93,9 +92,7 @@ def run_and_show(task: "Task", run: "RunOptions", *, share_prefix: bool = False)
 
 def check_early(run: "RunOptions") -> None:
     """Report a misspelt arm or contradictory settings before anything slow begins."""
-    from .arms import parse_arms
-
-    parse_arms(run.methods)
+    run.arms()
     run.settings()
 
 

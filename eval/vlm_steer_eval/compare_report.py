@@ -9,6 +9,7 @@ from vlm_steer.report import (
     Block,
     Chart,
     Estimate,
+    Gallery,
     Paragraphs,
     Point,
     Step,
@@ -52,11 +53,12 @@ def comparison_text(result: Mapping[str, Any]) -> list[rich.table.Table | str]:
     return [*parts, *remarks(result)]
 
 
-def comparison_blocks(result: Mapping[str, Any]) -> list[Block]:
+def comparison_blocks(result: Mapping[str, Any], gallery: Gallery | None = None) -> list[Block]:
     """Blocks of an HTML report.
 
     Args:
         result: from `compare_runs`.
+        gallery: examples, from `runs_gallery`.
     """
     tables = _tables(result)
     blocks: list[Block] = [table for table in tables if not table.title.startswith("Cost")]
@@ -65,6 +67,7 @@ def comparison_blocks(result: Mapping[str, Any]) -> list[Block]:
     if result["frontier"] is not None and result["frontier"]["staircase"]:
         blocks.append(_frontier_chart(result["frontier"]))
     blocks += [table for table in tables if table.title.startswith("Cost")]
+    blocks += [] if gallery is None else [gallery]
     return [*blocks, Paragraphs("How to read this", remarks(result))]
 
 
@@ -119,6 +122,8 @@ def _tables(result: Mapping[str, Any]) -> list[Table]:
     ]
     if result["length_adjusted"]:
         tables.append(_adjusted(result["length_adjusted"]))
+    if result["controls"]:
+        tables.append(_beside_controls(result))
     if result["frontier"] is not None:
         tables.append(_verdicts(result["frontier"]))
     if result["cost"]:
@@ -190,6 +195,23 @@ def _adjusted(adjusted: Mapping[str, Any]) -> Table:
     return Table("CHAIRi at equal length (count model)", ["arm", "rate", "95 %", "p"], rows)
 
 
+def _beside_controls(result: Mapping[str, Any]) -> Table:
+    """Each method minus its control: what is left is the method's own."""
+    shown = SHOWN[result["benchmark"]]
+    metrics = [name for name, with_difference in shown.items() if with_difference]
+    columns = ["arm", "control"]
+    for metric in metrics:
+        columns += [f"Δ {metric} [95 %]", "p"]
+    rows = []
+    for arm, by_control in result["controls"].items():
+        for control, found in by_control.items():
+            row = [arm, control]
+            for metric in metrics:
+                row += _difference(metric, found[metric])
+            rows.append(row)
+    return Table("Methods against their own controls", columns, rows)
+
+
 def _verdicts(found: Mapping[str, Any]) -> Table:
     columns = [
         "arm",
@@ -221,12 +243,19 @@ def _costs(costs: Mapping[str, Any]) -> Table:
             f"{entry['tokens_per_answer']:.1f}",
             f"{entry['seconds_per_answer']:.3f}",
             f"{entry['tokens_per_second']:.1f}",
-            "–" if entry["relative_speed"] is None else f"× {entry['relative_speed']:.2f}",
+            *(_times(entry[f"relative_{what}"]) for what in ("speed", "passes", "memory")),
         ]
         for arm, entry in costs.items()
     ]
-    columns = ["arm", "tokens per answer", "s per answer", "tokens/s", "speed"]
+    columns = [
+        "arm", "tokens per answer", "s per answer", "tokens/s", "speed", "passes per token",
+        "memory",
+    ]  # fmt: skip
     return Table("Cost of the runs, as they were batched", columns, rows)
+
+
+def _times(ratio: float | None) -> str:
+    return "–" if ratio is None else f"× {ratio:.2f}"
 
 
 def _chart(result: Mapping[str, Any]) -> Chart:

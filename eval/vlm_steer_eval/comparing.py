@@ -5,6 +5,7 @@ from typing import Any
 
 from vlm_steer.errors import ConfigError
 
+from .arms import controls_among
 from .benchmarks import BENCHMARKS, BINARY, discordant
 from .counts import Unit
 from .frontier import Axes, frontier
@@ -46,8 +47,9 @@ def compare_runs(
     Returns:
         `arms`: arm -> part -> `n` and `metrics`; `differences`: arm -> part -> metric -> paired
         difference with `ci95`, `p`, `p_holm` and `p_bh` over the arms; `matched` and
-        `length_adjusted`: arm -> the comparison with the usual excuse removed; `frontier`; `cost`;
-        and `notes` on what could not be compared.
+        `length_adjusted`: arm -> the comparison with the usual excuse removed; `frontier`;
+        `controls`: arm -> control -> metric -> paired difference to that control; `cost`; and
+        `notes` on what could not be compared.
 
     Raises:
         ConfigError: a trivial arm does not exist, or is the baseline.
@@ -70,6 +72,7 @@ def compare_runs(
         "matched": comparison.matched(),
         "length_adjusted": comparison.adjusted(),
         "frontier": comparison.frontier(trivial),
+        "controls": comparison.controls(),
         "cost": comparison.costs(),
         "notes": comparison.notes,
     }
@@ -154,8 +157,23 @@ class _Comparison:
             return None
         return frontier(self.metrics, axes, points, methods, self.clusters, **self._resampling)
 
+    def controls(self) -> dict[str, Any]:
+        """Every arm against the controls of its own that are among the arms."""
+        table: dict[str, Any] = {}
+        for name, arm in self._others.items():
+            for control in controls_among(name, self._others):
+                rival = _rows(self._others[control], list(self.base.units))
+                rows = _rows(arm, list(self.base.units))
+                found = self._compare_rows(self.metrics, rival, rows)
+                table.setdefault(name, {})[control] = found
+        for metric in self.metrics.formulas:
+            _adjust(
+                [found[metric] for by_control in table.values() for found in by_control.values()]
+            )
+        return table
+
     def costs(self) -> dict[str, Any]:
-        """Tokens and seconds of every arm that was timed, and the ratio to the baseline."""
+        """Tokens, seconds, passes and memory of every arm that was timed, and their ratios."""
         base = self.base.cost
         table: dict[str, Any] = {}
         for name, arm in self._runs.arms.items():
@@ -167,10 +185,17 @@ class _Comparison:
                 "tokens_per_answer": cost.tokens / cost.answers,
                 "seconds_per_answer": cost.seconds / cost.answers,
                 "tokens_per_second": speed,
+                "passes_per_token": _ratio(cost.passes, cost.tokens),
+                "memory": cost.memory,
                 "relative_speed": None,
+                "relative_passes": None,
+                "relative_memory": None,
             }
             if base is not None and base.seconds and base.tokens:
                 entry["relative_speed"] = speed / (base.tokens / base.seconds)
+                before = _ratio(base.passes, base.tokens)
+                entry["relative_passes"] = _ratio(entry["passes_per_token"], before)
+                entry["relative_memory"] = _ratio(cost.memory, base.memory)
             table[name] = entry
         return table
 
@@ -256,6 +281,10 @@ class _Comparison:
     def _note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
+
+
+def _ratio(value: float | None, other: float | None) -> float | None:
+    return value / other if value is not None and other else None
 
 
 def _rows(arm: RunArm, units: Sequence[str]) -> list[list[float]]:

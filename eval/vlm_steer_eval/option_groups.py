@@ -26,6 +26,7 @@ from vlm_steer.commands.options import (
 
 from .command_options import (
     Beams,
+    Controls,
     Images,
     Methods,
     OutputFolder,
@@ -40,6 +41,7 @@ from .command_options import (
 from .presets import AppliedPreset, apply_preset
 
 if TYPE_CHECKING:
+    from .arms import Arm
     from .generation import Settings
 
 __all__ = ["AnswerOptions", "RunOptions", "ScoreOptions", "spelled_out"]
@@ -52,6 +54,7 @@ class RunOptions:
     output: OutputFolder
     model: ModelName = "tiny"
     methods: Methods = "none"
+    controls: Controls = False
     preset: PresetName = None
     limit: Images = None
     max_new_tokens: Tokens = 512
@@ -68,6 +71,17 @@ class RunOptions:
     attn: Attn = None
     skip_bad_images: SkipBadImages = False
     applied: AppliedPreset | None = None
+
+    def arms(self) -> "list[Arm]":
+        """What to compare.
+
+        Raises:
+            ConfigError: a method is unknown.
+        """
+        from .arms import parse_arms, with_controls
+
+        arms = parse_arms(self.methods)
+        return with_controls(arms) if self.controls else arms
 
     def settings(self) -> "Settings":
         """How to generate.

@@ -1,7 +1,7 @@
 """A benchmark from items to files: generate, score, compare, report."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from vlm_steer.config import Spec
 from vlm_steer.errors import SteerWarning
 from vlm_steer.report import Block, Report, render_html
 
-from .arms import parse_arms
+from .arms import Arm, parse_arms
 from .counts import COUNTS_NAME, write_units
 from .files import write_json, write_rows, write_text
 from .generation import Settings
@@ -46,7 +46,7 @@ class Evaluation:
 
 def run_benchmark(
     task: Task,
-    methods: str | dict[str, Spec],
+    methods: str | Mapping[str, Spec] | Sequence[Arm],
     model: Any,
     processor: Any,
     *,

@@ -8,20 +8,19 @@ from vlm_steer.report import (
     Chart,
     Estimate,
     Gallery,
-    MarkedText,
     Paragraphs,
     Sample,
-    Span,
     Table,
     interval_chart,
     thumbnail,
 )
 
 from .benchmarks import BENCHMARKS
+from .gallery import marked_answer, truth_of
 from .results import ALL, Scores
 from .runner import RunResult
 from .tables import SHOWN, as_shown, footnotes, format_difference, format_metric
-from .tasks import Item, Scored, Task
+from .tasks import Item, Task
 
 __all__ = ["evaluation_blocks"]
 
@@ -145,41 +144,9 @@ def _sample(item: Item, run: RunResult, scores: Scores) -> Sample:
         image=thumbnail(item.image.load()),
         title=item.image.name,
         prompt=item.prompt,
-        truth=_truth(item),
+        truth=truth_of(item.gold),
         answers=tuple(
-            _answer(arm, records[item.id]["text"], scores[arm][item.id])
+            marked_answer(arm, records[item.id]["text"], scores[arm][item.id].details)
             for arm, records in run.records.items()
         ),
     )
-
-
-def _truth(item: Item) -> str:
-    if "label" in item.gold:
-        return str(item.gold["label"])
-    if "objects" not in item.gold:
-        return str(item.gold.get("truth", ""))
-    return ", ".join(sorted(item.gold["objects"])) or "no object of the vocabulary"
-
-
-def _answer(arm: str, text: str, scored: Scored) -> MarkedText:
-    details = scored.details
-    if "mentions" not in details and "parsed" not in details:
-        return MarkedText(arm, text, (), str(details.get("note", "")))
-    if "mentions" not in details:
-        right = details["parsed"] == details["label"]
-        read = "unread" if details["parsed"] is None else f"read as {details['parsed']}"
-        spans: Sequence[Span] = (
-            [Span(0, len(text), "right" if right else "wrong", read)] if text else []
-        )
-        return MarkedText(arm, text, tuple(spans), read)
-    spans = [
-        Span(
-            mention["span"][0],
-            mention["span"][1],
-            "wrong" if mention["hallucinated"] else "right",
-            f"{mention['object']}: {'not in the image' if mention['hallucinated'] else 'there'}",
-        )
-        for mention in details["mentions"]
-        if mention["span"] is not None
-    ]
-    return MarkedText(arm, text, tuple(spans), f"{details['hallucinated']} hallucinated")

@@ -1,7 +1,6 @@
 """Run the arms of a benchmark: generate what is not logged yet, and log it at once."""
 
 import json
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from .fingerprint import model_fingerprint, versions
 from .generation import Generator, Output, Settings, item_seed
 from .genlog import GenerationLog, content_key, read_logs
 from .images import ImageError
+from .measuring import Measured, measured
 from .tasks import Item, Task
 from .workers import Workers
 
@@ -285,14 +285,13 @@ class _ArmRun:
                 disable=None if total and self._workers.is_main else True,
             ) as bar:
                 for batch in pending:
-                    start = time.perf_counter()
-                    outputs, size = halving(
-                        lambda chunk: self._answer(chunk, prompts, sharing),
-                        batch,
-                        size,
-                        _tell_halved,
-                    )
-                    seconds = time.perf_counter() - start
+                    with measured(steering.plan.model.decoder, model.device) as cost:
+                        outputs, size = halving(
+                            lambda chunk: self._answer(chunk, prompts, sharing),
+                            batch,
+                            size,
+                            _tell_halved,
+                        )
                     changed = _changed_something(steering.effect()) if self._arm.methods else None
                     fresh = [
                         self._record(item, keys[item.id], prompts[item.id], answer, changed)
@@ -300,7 +299,7 @@ class _ArmRun:
                         if keys[item.id] not in known
                     ]
                     self._log.append(fresh)
-                    self._log_time(outputs, seconds)
+                    self._log_cost(outputs, cost)
                     self.n_generated += len(fresh)
                     bar.update(len(batch))
 
@@ -346,12 +345,14 @@ class _ArmRun:
             "changed": changed,
         }
 
-    def _log_time(self, outputs: Sequence[Output], seconds: float) -> None:
+    def _log_cost(self, outputs: Sequence[Output], cost: Measured) -> None:
         row = {
             "arm": self._arm.name,
             "answers": len(outputs),
             "tokens": sum(output.n_tokens for output in outputs),
-            "seconds": round(seconds, 4),
+            "seconds": round(cost.seconds, 4),
+            "passes": cost.passes,
+            "memory": cost.memory,
         }
         with (
             reporting_write_errors(self._timings),

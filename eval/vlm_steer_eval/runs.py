@@ -35,11 +35,15 @@ class Cost:
         answers: answers generated.
         tokens: tokens generated.
         seconds: wall-clock time.
+        passes: rows that went through the decoder; None where they were not counted.
+        memory: largest peak in bytes; None where it was not measured.
     """
 
     answers: int
     tokens: int
     seconds: float
+    passes: int | None = 0
+    memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -191,10 +195,16 @@ def read_costs(paths: Sequence[Path]) -> dict[str, Cost]:
                 before.answers + row["answers"],
                 before.tokens + row["tokens"],
                 before.seconds + row["seconds"],
+                _sum(before.passes, row.get("passes")),
+                max(filter(None, (before.memory, row.get("memory"))), default=None),
             )
         except (ValueError, KeyError, TypeError):
             continue  # a kill tears the last line, and timings prove nothing anyway
     return costs
+
+
+def _sum(known: int | None, more: int | None) -> int | None:
+    return None if known is None or more is None else known + more
 
 
 def _common(

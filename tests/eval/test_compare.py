@@ -7,17 +7,26 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from vlm_steer.cli import main
 from vlm_steer.errors import ConfigError, DataError
+from vlm_steer.registry import list_methods
+from vlm_steer.report import Report, render_html
+from vlm_steer_eval import gallery as gallery_module
+from vlm_steer_eval.arms import controls_among, parse_arms, with_controls
 from vlm_steer_eval.chair import CHAIR_METRICS
+from vlm_steer_eval.compare_report import comparison_text
 from vlm_steer_eval.comparing import compare_runs
 from vlm_steer_eval.count_model import poisson_fit, rate_ratio
+from vlm_steer_eval.counts import Unit
 from vlm_steer_eval.frontier import Axes, frontier, staircase
+from vlm_steer_eval.gallery import runs_gallery
 from vlm_steer_eval.matched import Caption, at_yes_ratio, sentence_ends
 from vlm_steer_eval.pope import POPE_METRICS
-from vlm_steer_eval.runs import load_runs
+from vlm_steer_eval.runs import RunArm, Runs, load_runs
 from vlm_steer_eval.scoring import score_chair, score_pope
+from vlm_steer_eval.tables import render
 
 THINGS = ("dog", "cat", "car", "bus", "bench", "cup", "bowl", "chair")
 
@@ -175,8 +184,10 @@ def test_a_constant_yes_bias_is_no_gain(tmp_path):
         json.dumps({"benchmark": "pope", "parser": "robust", "arms": {}})
     )
     (folder / "timings.jsonl").write_text(
-        '{"arm": "none", "answers": 300, "tokens": 600, "seconds": 2.0}\n'
-        '{"arm": "yes_bias", "answers": 300, "tokens": 600, "seconds": 4.0}\n{"arm": "no'
+        '{"arm": "none", "answers": 300, "tokens": 600, "seconds": 2.0, "passes": 600, '
+        '"memory": null}\n'
+        '{"arm": "yes_bias", "answers": 300, "tokens": 600, "seconds": 4.0, "passes": 1500, '
+        '"memory": 9}\n{"arm": "no'
     )
     result = compare_runs(load_runs([folder]), n_resamples=500)
     assert result["differences"]["yes_bias"]["random"]["recall"]["ci95"][0] > 0
@@ -184,7 +195,78 @@ def test_a_constant_yes_bias_is_no_gain(tmp_path):
     assert (matched["accuracy"]["value"], matched["accuracy"]["ci95"]) == (0, [0, 0])
     assert result["frontier"]["verdicts"]["yes_bias"]["verdict"] == "not distinguishable"
     assert len(result["frontier"]["points"]) == 20
-    assert result["cost"]["yes_bias"]["relative_speed"] == 0.5
+    cost = result["cost"]["yes_bias"]
+    assert (cost["relative_speed"], cost["relative_passes"]) == (0.5, 2.5)
+    assert (cost["memory"], cost["relative_memory"]) == (9, None)
+
+
+def test_every_arm_stands_beside_its_own_controls():
+    names = ["none", "var", "sham:var", "vcd", "mask:vcd", "yes_bias", "r/var", "r/sham:var"]
+    assert controls_among("var", names) == ["sham:var", "yes_bias"]
+    assert controls_among("vcd", names) == ["mask:vcd", "yes_bias"]
+    assert controls_among("r/var", names) == ["yes_bias", "r/sham:var"]
+    for control in ("sham:var", "yes_bias", "r/sham:var"):
+        assert controls_among(control, names) == []
+
+
+def test_controls_are_added_where_there_are_any():
+    arms = with_controls(parse_arms("none,vaf,vcd,vaf+vcd,sham:spin"))
+    names = [arm.name for arm in arms]
+    expected = ["none", "vaf", "sham:vaf", "vcd", "vaf+vcd", "sham:spin"]
+    if "plausibility_mask" in list_methods():
+        expected.insert(4, "mask:vcd")
+    assert names == expected
+    assert with_controls(arms) == arms
+    with pytest.raises(ConfigError, match="plausibility mask"):
+        parse_arms("mask:vaf")
+
+
+def test_a_method_is_held_against_its_own_sham(chair_runs, tmp_path):
+    # The "method" and its "sham" hallucinate equally: better than the baseline, but not by aim.
+    for name, seed in (("vhr", 5), ("sham:vhr", 6)):
+        _chair_run(tmp_path / name, _captions(seed, invent=0.02))
+    runs = [chair_runs["base"], tmp_path / "vhr", tmp_path / "sham:vhr"]
+    result = compare_runs(load_runs(runs), n_resamples=300)
+    assert result["differences"]["vhr"]["all"]["CHAIRi"]["p_holm"] < 0.05
+    assert set(result["controls"]) == {"vhr"}
+    beside = result["controls"]["vhr"]["sham:vhr"]["CHAIRi"]
+    assert beside["p_holm"] > 0.05
+    assert "Methods against their own controls" in render(*comparison_text(result), width=200)
+
+
+def test_the_report_shows_answers_with_what_is_invented_marked(chair_runs, tmp_path):
+    Image.new("RGB", (400, 300), "red").save(tmp_path / "3.png")
+    evil = "<script>alert(1)</script> A zebra and a dog."
+    rows = [{**row, "caption": evil} for row in _captions(0, invent=0.1)]
+    runs = load_runs([chair_runs["base"], _chair_run(tmp_path / "evil", rows)])
+    gallery = runs_gallery(runs, images=tmp_path, n_samples=5)
+    assert len(gallery.samples) == 5
+    page = render_html(Report("t", "s", [gallery]))
+    assert "<script>" not in page
+    assert '<mark class="wrong"' in page
+    assert ">zebra</mark>" in page
+    assert runs_gallery(runs, n_samples=0) is None
+
+
+def test_pictures_are_found_by_name_and_bounded_in_bytes(tmp_path, monkeypatch):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    row = {"text": "Yes", "label": "no", "parsed": "yes", "image": "a.png", "prompt": "?"}
+    counts = [0, 1, 0, 0, 1, 1, 1, 0]
+    arm = RunArm(
+        "none",
+        {str(i): Unit(str(i), str(i), "", counts) for i in range(3)},
+        {str(i): row for i in range(3)},
+    )
+    runs = Runs("pope", {}, {"none": arm, "m": arm}, "none")
+    images = [s.image for s in runs_gallery(runs, images=tmp_path).samples]
+    assert all(image.startswith("data:image/png;base64,") for image in images)
+    assert [s.image for s in runs_gallery(runs).samples] == ["", "", ""]
+    monkeypatch.setattr(gallery_module, "_PICTURE_BYTES", 2 * len(images[0]))
+    assert [bool(s.image) for s in runs_gallery(runs, images=tmp_path).samples] == [
+        True, True, False,
+    ]  # fmt: skip
+    scene = {**row, "image": "broken/300000"}
+    assert gallery_module._sources(scene["image"], None)[0].split == "broken"
 
 
 def test_the_command_writes_json_a_table_and_a_page(chair_runs, tmp_path, capsys):

@@ -257,7 +257,13 @@ def test_samples_hold_everything_needed_to_check_a_score(
     assert provenance["methods"]["pai"]["methods"][0]["method"] == "pai"
     assert provenance["model"]["name"] == "tiny"
     timings = (tmp_path / "out" / "timings.jsonl").read_text().splitlines()
-    assert sum(json.loads(line)["answers"] for line in timings) == 16
+    rows = [json.loads(line) for line in timings]
+    assert sum(row["answers"] for row in rows) == 16
+    # Without beams and branches one row per answer and token passes the decoder.
+    plain = [row for row in rows if row["arm"] == "none"]
+    assert all(row["answers"] <= row["passes"] for row in plain)
+    assert sum(row["passes"] for row in plain) >= sum(row["tokens"] for row in plain)
+    assert {row["memory"] for row in rows} == {None}
 
 
 def test_another_benchmark_does_not_overwrite_a_run(tiny, question_file, image_folder, tmp_path):

@@ -87,7 +87,7 @@ class Sample:
     """One image with what was asked and answered.
 
     Attributes:
-        image: a data URI from `thumbnail`.
+        image: a data URI from `thumbnail`; empty for none.
         title: what the image is called.
         prompt: what was asked.
         truth: what is right.
