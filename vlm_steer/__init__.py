@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from vlm_steer import functional
     from vlm_steer.engine.processor import LogitsProcessor
     from vlm_steer.engine.steer import attach, steer
+    from vlm_steer.explanation.explaining import explain
     from vlm_steer.loading import load_model
     from vlm_steer.registry import get_method, list_methods, register_method
     from vlm_steer.tiny import load_tiny
@@ -20,6 +21,7 @@ __all__ = [
     "LogitsProcessor",
     "__version__",
     "attach",
+    "explain",
     "functional",
     "get_method",
     "list_methods",
@@ -32,6 +34,7 @@ __all__ = [
 _HOMES = {
     "LogitsProcessor": "vlm_steer.engine.processor",
     "attach": "vlm_steer.engine.steer",
+    "explain": "vlm_steer.explanation.explaining",
     "get_method": "vlm_steer.registry",
     "list_methods": "vlm_steer.registry",
     "load_model": "vlm_steer.loading",

@@ -16,7 +16,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from vlm_steer import __version__
-from vlm_steer.commands import build
+from vlm_steer.commands import build, explain
 from vlm_steer.commands.options import (
     Attn,
     BatchSize,
@@ -71,6 +71,7 @@ def build_app() -> typer.Typer:
         epilog="Example: vlm-steer generate --model tiny --image photo.jpg "
         "--prompt 'Is there a dog?' --method var --compare"
     )(generate)
+    explain.register(app)
     build.register(app)
     for entry in entry_points(group=COMMANDS_GROUP):
         try:

@@ -1,0 +1,157 @@
+"""The page in a real browser: Chromium, driven by Playwright, where both are installed."""
+
+import os
+import shutil
+
+import pytest
+
+from tests.explanation.test_page import hostile
+
+sync_api = pytest.importorskip(
+    "playwright.sync_api", reason="needs Playwright (pip install playwright) and Chromium"
+)
+BRIGHTEST = """() => {
+  const c = document.getElementById("overlay");
+  const p = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;
+  const bright = (i) => p[4 * i + 1] * p[4 * i + 3];
+  let best = 0;
+  for (let i = 0; i < c.width * c.height; i++) if (bright(i) > bright(best)) best = i;
+  return [(best % c.width + 0.5) / c.width, (Math.floor(best / c.width) + 0.5) / c.height];
+}"""
+OVERLAY = "() => document.getElementById('overlay').toDataURL()"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+    with sync_api.sync_playwright() as playwright:
+        flags = ["--no-sandbox"] if os.geteuid() == 0 else []
+        try:
+            launched = playwright.chromium.launch(executable_path=found, args=flags)
+        except sync_api.Error as error:
+            pytest.skip(f"Chromium does not start here: {error}")
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def opened(browser, result, tmp_path):
+    """Opens an explanation; fails on errors of the script and on requests."""
+    wrong = []
+    pages = []
+
+    def opened(explanation=result, **context):
+        explanation.to_html(tmp_path / "out.html")
+        page = browser.new_page(**context)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda message: wrong.append(message.text))
+        address = (tmp_path / "out.html").as_uri()
+        page.on("request", lambda r: r.url.startswith(("data:", address)) or wrong.append(r.url))
+        page.goto(address)
+        pages.append(page)
+        return page
+
+    yield opened
+    for page in pages:
+        page.close()
+    assert wrong == []
+
+
+def word(page, number, arm=1):
+    return page.locator(f".word[data-arm='{arm}'][data-word='{number}']")
+
+
+def test_pointing_at_a_word_changes_the_overlay(opened, result):
+    page = opened()
+    empty = page.evaluate(OVERLAY)
+    word(page, 2).hover()
+    one = page.evaluate(OVERLAY)
+    word(page, 5).hover()
+    other = page.evaluate(OVERLAY)
+    assert len({empty, one, other}) == 3
+    assert page.locator("#overlay").get_attribute("data-word") == "1:5"
+    assert result.words[5].text in page.locator("#overlay").get_attribute("aria-label")
+    assert result.words[5].text in page.locator("#word-name").inner_text()
+
+
+def test_the_overlay_is_brightest_where_the_heat_map_is(opened, result):
+    page = opened()
+    word(page, 3).hover()
+    page.locator("#opacity").fill("1")
+    brightest = page.evaluate(BRIGHTEST)
+    heat = result.heatmap(3)
+    x, y = int(brightest[0] * heat.shape[1]), int(brightest[1] * heat.shape[0])
+    assert heat[max(y - 2, 0) : y + 3, max(x - 2, 0) : x + 3].max() == pytest.approx(
+        heat.max(), rel=0.05
+    )
+
+
+def test_a_locked_word_stays_and_escape_lets_it_go(opened):
+    page = opened()
+    word(page, 4).click()
+    word(page, 6).hover()
+    assert page.locator("#overlay").get_attribute("data-word") == "1:4"
+    assert word(page, 4).get_attribute("aria-pressed") == "true"
+    page.keyboard.press("Escape")
+    word(page, 7).hover()
+    assert page.locator("#overlay").get_attribute("data-word") == "1:7"
+
+
+def test_arrows_move_between_words_and_answers(opened):
+    page = opened()
+    word(page, 0).focus()
+    seen = []
+    for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "ArrowUp", "End", "Home"):
+        page.keyboard.press(key)
+        seen.append(page.locator("#overlay").get_attribute("data-word"))
+    last = page.locator(".word[data-arm='0']").count() - 1
+    assert seen == ["1:1", "1:2", "1:1", "0:1", f"0:{last}", "0:0"]
+    assert page.locator(".word[tabindex='0']").count() == 1
+
+
+def test_the_threshold_decides_what_is_coloured(opened, result):
+    page = opened()
+    slider = page.locator("#threshold")
+    counts = []
+    for edge in ("min", "max"):
+        slider.evaluate(
+            "(s, edge) => { s.value = s[edge]; s.dispatchEvent(new Event('input')); }", edge
+        )
+        counts.append(page.locator(".word[data-arm='1'].flagged").count())
+    assert counts[0] == len(result.words) > counts[1]
+    page.locator("#detector").select_option("svar")
+    assert "svar" in word(page, 0).get_attribute("title")
+    assert "words before it" in word(page, 0).get_attribute("title")
+
+
+def test_checks_layers_colours_and_modes_are_shown(opened, result):
+    page = opened()
+    number = next(iter(result.arm.checks))
+    word(page, number).hover()
+    assert "others at random" in page.locator("#word-facts").inner_text()
+    seen = {page.evaluate(OVERLAY)}
+    for control, choice in (("band", "2"), ("mode", "relative"), ("palette", "cividis")):
+        page.locator(f"#{control}").select_option(choice)
+        seen.add(page.evaluate(OVERLAY))
+    assert len(seen) == 4
+    assert "strongest: layer" in page.locator("#heads").get_attribute("aria-label")
+
+
+def test_a_click_on_the_picture_marks_the_words_that_looked_there(opened):
+    page = opened()
+    page.locator("#overlay").click(position={"x": 60, "y": 60})
+    assert 0 < page.locator(".word.looks").count() <= 12
+
+
+def test_dark_mode_is_dark(opened):
+    page = opened(color_scheme="dark")
+    red = page.evaluate("() => getComputedStyle(document.body).backgroundColor.match(/[0-9]+/)[0]")
+    assert int(red) < 60
+
+
+def test_markup_in_an_answer_is_shown_and_does_not_act(opened, result):
+    page = opened(hostile(result))
+    assert "owned" not in page.title().partition("Explanation")[0]
+    assert page.title().startswith("Explanation: </script><script>")
+    assert page.locator("img").count() == 1
+    assert "<img src=x onerror=alert(1)>" in page.locator(".answer").first.inner_text()

@@ -1,0 +1,193 @@
+"""``vlm-steer explain``: an answer taken apart. Nothing heavy is imported here."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vlm_steer.commands.options import (
+    Attn,
+    DeviceMap,
+    Dtype,
+    MaxNewTokens,
+    Overrides,
+    Quantization,
+    Revision,
+    Seed,
+)
+from vlm_steer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vlm_steer.explanation import ExplainResult
+
+__all__ = ["register"]
+
+_SHOWN = 12
+
+
+def register(app: typer.Typer) -> None:
+    """Put the command on the application."""
+    app.command(
+        epilog="Example: vlm-steer explain photo.jpg -p 'What is here?' --model tiny "
+        "--method pai --detector logprob --html out.html"
+    )(explain)
+
+
+def explain(
+    image: Annotated[Path, typer.Argument(help="An image file.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask about the image.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            help="Folder or hub name of a vision-language model; 'tiny' is the embedded one.",
+            rich_help_panel="Model",
+        ),
+    ] = "tiny",
+    method: Annotated[
+        str, typer.Option("--method", help="A method, a preset, a YAML file, or several with '+'.")
+    ] = "none",
+    overrides: Overrides = None,
+    detector: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--detector", help="A detector, or the folder of a fitted one. Repeatable. [logprob]"
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write the page, a file that needs nothing else.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder to write everything to, as JSON.")
+    ] = None,
+    checks: Annotated[
+        int,
+        typer.Option(
+            "--checks", min=0, help="How many of the riskiest words to check by knockout."
+        ),
+    ] = 6,
+    check_share: Annotated[
+        float, typer.Option("--check-share", help="Image tokens that a check cuts off, a fraction.")
+    ] = 0.1,
+    num_beams: Annotated[int, typer.Option(min=1, help="Width of beam search.")] = 1,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="Sample at this temperature; 0 does not sample.")
+    ] = None,
+    max_new_tokens: MaxNewTokens = 128,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    quantization: Quantization = None,
+    revision: Revision = None,
+    attn: Attn = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show where each word of an answer looked, how risky it is, and whether looking mattered."""
+    from vlm_steer.config import apply_overrides, resolve
+    from vlm_steer.images import open_image
+
+    methods = apply_overrides(resolve(method), overrides or [])
+    picture = open_image(image)
+    _check_files(html, output)
+    if model == "tiny":
+        typer.echo("The embedded model 'tiny' answers; --model gives another.", err=True)
+
+    from vlm_steer.commands.generate import Decoding
+    from vlm_steer.explanation import explain as run
+    from vlm_steer.loading import load_model
+
+    loaded, processor = load_model(
+        model,
+        dtype=dtype,
+        device_map=device_map,
+        quantization=quantization,
+        revision=revision,
+        attn=attn,
+    )
+    result = run(
+        loaded,
+        processor,
+        picture,
+        prompt,
+        methods=methods or None,
+        detectors=tuple(detector or ["logprob"]),
+        checks=checks,
+        check_share=check_share,
+        seed=seed,
+        provenance={"weights": model, "file": image.name},
+        **Decoding(max_new_tokens, num_beams, temperature, seed).options(),
+    )
+    if html is not None:
+        result.to_html(html)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "explain.json").write_text(result.to_json() + "\n", encoding="utf-8")
+    if as_json:
+        typer.echo(json.dumps(_summary(result), indent=2, ensure_ascii=False))
+    else:
+        _show(result, html)
+
+
+def _check_files(html: Path | None, output: Path | None) -> None:
+    if html is not None and html.is_dir():
+        raise ConfigError(f"--html {html} is a folder. Give the file to write, such as out.html.")
+    if output is not None and output.is_file():
+        raise ConfigError(f"--output {output} is a file. Give a folder.")
+
+
+def _summary(result: "ExplainResult") -> dict[str, Any]:
+    return {
+        "text": result.text,
+        "arms": {arm.name: arm.trace.text for arm in result.arms},
+        "why_no_map": result.why_no_map,
+        "words": [
+            {
+                "text": word.text,
+                "span": list(word.span),
+                "position": result.arm.position[number],
+                "risk": {name: risks[number] for name, risks in result.risk.items()},
+                "check": _check(result, number),
+            }
+            for number, word in enumerate(result.words)
+        ],
+        "provenance": dict(result.provenance),
+    }
+
+
+def _check(result: "ExplainResult", number: int) -> dict[str, Any] | None:
+    from dataclasses import asdict
+
+    check = result.arm.checks.get(number)
+    return None if check is None else asdict(check)
+
+
+def _show(result: "ExplainResult", html: Path | None) -> None:
+    """The answers, and the riskiest words with their checks."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    for arm in result.arms:
+        console.print(f"{arm.name}: {arm.trace.text.strip()}")
+    name = next(iter(result.risk))
+    risks = result.risk[name]
+    order = sorted(range(len(risks)), key=lambda number: -risks[number])
+    table = Table("word", name, "words before", "log p", "without its cells", "without others")
+    for number in order[:_SHOWN]:
+        table.add_row(*_row(result, number, risks))
+    console.print(table)
+    if result.why_no_map:
+        console.print(f"No heat map: {result.why_no_map}")
+    if html is not None:
+        console.print(f"{html}: {html.stat().st_size / 1e6:.2f} MB")
+
+
+def _row(result: "ExplainResult", number: int, risks: Sequence[float]) -> tuple[str, ...]:
+    word, arm = result.words[number], result.arm
+    logprob = float(arm.trace.logprob[slice(*word.tokens)].sum())
+    check = arm.checks.get(number)
+    cut = ("", "") if check is None else (check.without_cells, check.without_others)
+    numbers = (risks[number], arm.position[number], logprob, *cut)
+    return (word.text, *(v if isinstance(v, str) else f"{v:.3g}" for v in numbers))

@@ -1,0 +1,251 @@
+"""``vlm_steer.explain``: generate once or twice, and keep what the model did meanwhile."""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import transformers
+from PIL import Image
+
+from vlm_steer import __version__
+from vlm_steer.detection.base import Evidence
+from vlm_steer.detection.recording import trace_generation
+from vlm_steer.detection.store import FittedDetector
+from vlm_steer.detection.trace import Trace
+from vlm_steer.engine.geometry import Places, place_tokens
+from vlm_steer.engine.hooks import Method
+from vlm_steer.engine.model import inspect_model
+from vlm_steer.engine.selectors import Selector
+from vlm_steer.errors import ConfigError, UnsupportedModelError
+from vlm_steer.explanation.checks import LogprobsWithout, check_words, dictated, read_again
+from vlm_steer.explanation.result import Arm, ExplainResult
+from vlm_steer.explanation.risk import (
+    DetectorLike,
+    load_detectors,
+    position_risk,
+    with_needs,
+    word_risks,
+)
+from vlm_steer.explanation.words import split_words
+from vlm_steer.generation import encode, render_prompt
+from vlm_steer.images import open_image
+
+__all__ = ["explain"]
+
+
+def explain(
+    model: Any,
+    processor: Any,
+    image: Image.Image | str | os.PathLike[str],
+    prompt: str,
+    *,
+    methods: Any = None,
+    detectors: Sequence[DetectorLike] = ("logprob",),
+    checks: int | Literal["all"] = 6,
+    check_share: float = 0.1,
+    map_layers: Selector = "all",
+    seed: int = 0,
+    provenance: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> ExplainResult:
+    """Take an answer apart: where each word looked, how risky it is, and whether looking mattered.
+
+    Attention is evidence of access, not proof of cause. The checks ask about the cause: the image
+    tokens that a word attended to most are cut off from all others, and the word's log-probability
+    is compared with what it becomes without as many other image tokens.
+
+    Args:
+        model: A transformers vision-language model, or a PEFT model around one.
+        processor: Its processor.
+        image: A picture, or its file.
+        prompt: The question; put into the chat template of the processor.
+        methods: What to steer with, see ``vlm_steer.steer``; the unsteered answer comes along.
+        detectors: Which risks to compute for every word: names, folders of fitted detectors, or
+            detectors. The risk by the place alone comes along.
+        checks: How many words of each answer to check, the riskiest by the first detector, or
+            ``all``. Each costs two more generations up to the word.
+        check_share: How many image tokens a check cuts off, as a fraction in (0, 0.5].
+        map_layers: Decoder layers whose attention over the image is kept; all of them take
+            ``tokens x layers x heads x image tokens`` floats of memory.
+        seed: Of sampling, and of the control of the checks.
+        provenance: More to say at the foot of the page, such as the name of the model.
+        **options: What ``generate`` takes, such as ``max_new_tokens``.
+
+    Returns:
+        The explanation; ``to_html(path)`` writes it as a page.
+
+    Raises:
+        ConfigError: An option is wrong, a detector was made for another model or has to be fitted
+            first, or the processor puts no image into the prompt.
+        DataError: The image cannot be opened.
+        UnsupportedModelError: The model cannot be steered or traced.
+
+    Example:
+        >>> import vlm_steer
+        >>> from vlm_steer.tiny import scenes
+        >>> model, processor = vlm_steer.load_tiny()
+        >>> picture = scenes.render(scenes.scene("broken", 0))
+        >>> seen = vlm_steer.explain(model, processor, picture, "Is there a dog?", checks=0)
+        >>> seen.heatmap(0).shape == (picture.height, picture.width)
+        True
+    """
+    from vlm_steer.config import dump, resolve
+
+    steered = resolve(methods)
+    _check_options(checks, check_share, options)
+    picture = image if isinstance(image, Image.Image) else open_image(image)
+    picture = picture.convert("RGB")
+    info = inspect_model(model)
+    fitted = load_detectors(detectors, model, processor)
+    whole = render_prompt(processor, prompt)
+    prepare = partial(_prepared, processor, whole)
+    inputs = prepare(picture).to(model.device, dtype=model.dtype)
+    places, why = _places(info, prepare, picture)
+    options = {"do_sample": False, "num_beams": 1, **options}
+    evidence = Evidence(picture, whole)
+    arms = []
+    for chosen in ((), steered) if steered else ((),):
+        torch.manual_seed(seed)
+        trace = _trace(model, processor, inputs, chosen, map_layers, options)
+        trace = with_needs(trace, fitted, model, processor, inputs, is_steered=bool(chosen))
+        if places is not None and trace.maps is not None:
+            places, why = _fitting(places, trace.maps.shape[-1])
+        words = split_words(trace)
+        arm = Arm(
+            name="+".join(method.name for method in chosen) or "none",
+            trace=trace,
+            words=words,
+            risk=word_risks(trace, words, fitted, evidence),
+            position=position_risk(trace, words),
+        )
+        if places is not None:
+            without = (
+                dictated(model, processor, inputs, trace.ids, chosen)
+                if chosen
+                else read_again(model, inputs, trace.ids)
+            )
+            arm = _checked(arm, without, checks, check_share, seed)
+        arms.append(arm)
+    return ExplainResult(
+        image=picture,
+        prompt=prompt,
+        arms=tuple(arms),
+        places=places,
+        why_no_map=why,
+        thresholds={
+            name: detector.threshold
+            for name, detector in fitted.items()
+            if detector.threshold is not None
+        },
+        provenance={
+            "model": f"{type(info.model).__name__} ({info.family})",
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "steering": dump(steered) if steered else "none",
+            "generation": {name: repr(value) for name, value in options.items()},
+            "seed": seed,
+            "detectors": {name: _described(detector) for name, detector in fitted.items()},
+            "picture": f"{picture.width} x {picture.height}, pixels {_digest(picture)} (SHA-256)",
+            "vlm_steer": __version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            **(provenance or {}),
+        },
+    )
+
+
+def _check_options(checks: int | str, share: float, options: Mapping[str, Any]) -> None:
+    if checks != "all" and (not isinstance(checks, int) or checks < 0):
+        raise ConfigError(f"checks is {checks!r}; give how many words to check, or 'all'.")
+    if not 0 < share <= 0.5:
+        raise ConfigError(f"check_share is {share}; it must lie in (0, 0.5].")
+    if options.get("num_return_sequences", 1) != 1:
+        raise ConfigError("num_return_sequences is not 1; an explanation is about one answer.")
+
+
+def _prepared(processor: Any, prompt: str, picture: Image.Image) -> Any:
+    return encode(processor, [prompt], [picture])
+
+
+def _places(info: Any, prepare: Any, picture: Image.Image) -> tuple[Places | None, str]:
+    try:
+        return place_tokens(info, prepare, picture.size), ""
+    except UnsupportedModelError as error:
+        return None, str(error)
+
+
+def _fitting(places: Places, count: int) -> tuple[Places | None, str]:
+    if len(places.boxes) == count:
+        return places, ""
+    return None, (
+        f"the model attended to {count} image tokens, but {len(places.boxes)} were placed in the "
+        "picture."
+    )
+
+
+def _trace(
+    model: Any,
+    processor: Any,
+    inputs: Mapping[str, Any],
+    methods: Sequence[Method],
+    map_layers: Selector,
+    options: Mapping[str, Any],
+) -> Trace:
+    (trace,) = trace_generation(
+        model,
+        processor,
+        inputs,
+        methods=methods,
+        needs=("maps",),
+        map_layers=map_layers,
+        **options,
+    )
+    if not trace.layout.images:
+        raise ConfigError(
+            "the prompt holds no image tokens, so there is no image to explain. Give the processor "
+            "that belongs to the model; its chat template must place the image."
+        )
+    return trace
+
+
+def _checked(
+    arm: Arm,
+    without: LogprobsWithout,
+    checks: int | Literal["all"],
+    share: float,
+    seed: int,
+) -> Arm:
+    """The arm with its riskiest words checked."""
+    numbers = _riskiest(arm, checks)
+    found = check_words(
+        without,
+        arm.trace.logprob,
+        [arm.words[number] for number in numbers],
+        [arm.attention(arm.words[number].tokens) for number in numbers],
+        is_open=~arm.sinks,
+        share=share,
+        seed=seed,
+    )
+    return replace(arm, checks=dict(zip(numbers, found, strict=True)))
+
+
+def _riskiest(arm: Arm, checks: int | Literal["all"]) -> list[int]:
+    """Numbers of the words to check, in order of the text."""
+    risk = next(iter(arm.risk.values()), arm.position)
+    order = sorted(range(len(arm.words)), key=lambda number: -risk[number])
+    return sorted(order if checks == "all" else order[:checks])
+
+
+def _digest(picture: Image.Image) -> str:
+    return hashlib.sha256(picture.tobytes()).hexdigest()[:16]
+
+
+def _described(fitted: FittedDetector) -> dict[str, Any]:
+    return {
+        "options": fitted.detector.options(),
+        "is_calibrated": fitted.is_calibrated,
+        "made_of": dict(fitted.made_of),
+    }

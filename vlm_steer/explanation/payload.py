@@ -1,0 +1,183 @@
+"""An explanation as plain data: what the page shows, and what ``to_json`` writes."""
+
+import base64
+import io
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlm_steer.engine.geometry import Places
+from vlm_steer.explanation.checks import Check
+from vlm_steer.explanation.result import Arm, ExplainResult
+from vlm_steer.explanation.words import differing
+
+__all__ = ["SCHEMA", "payload"]
+
+SCHEMA = "vlm_steer.explain/1"
+
+_BANDS = (6, 4, 3, 2, 1)
+_MAP_BYTES = 2_600_000
+"""Of all maps together, before they are written as text, which takes a third more."""
+_PICTURE_SIDE = 900
+
+
+def payload(result: ExplainResult) -> dict[str, Any]:
+    """Everything about an explanation, JSON-ready.
+
+    Maps are one byte per image token, in units of 1/255 of the largest value of the map (``tops``)
+    with sinks left out; attention to sinks is kept beside them as little-endian float32.
+    """
+    notes: list[str] = []
+    n_bands, n_words = _budget(result, notes)
+    others = [[], *(arm.words for arm in result.arms)]
+    pairs = zip(result.arms, [*others[2:], *others[1:2]], strict=True)
+    return {
+        "schema": SCHEMA,
+        "prompt": result.prompt,
+        "image": _picture(result.image),
+        "places": None if result.places is None else _boxes(result.places),
+        "why_no_map": result.why_no_map,
+        "thresholds": dict(result.thresholds),
+        "arms": [
+            _arm(arm, other if len(result.arms) > 1 else arm.words, n_bands, n_words)
+            for arm, other in pairs
+        ],
+        "notes": notes,
+        "provenance": dict(result.provenance),
+    }
+
+
+def _budget(result: ExplainResult, notes: list[str]) -> tuple[int, int]:
+    """How many bands of layers, and maps of how many words, fit into the page."""
+    if result.places is None:
+        return 0, 0
+    words = max((len(arm.words) for arm in result.arms), default=0)
+    depth = len(result.arm.trace.map_layers)
+    per_map = len(result.places.boxes) * len(result.arms)
+    for bands in _BANDS:
+        maps = words * (bands + 1 if bands > 1 else 1)
+        if bands <= max(depth, 1) and per_map * maps <= _MAP_BYTES:
+            if bands < min(_BANDS[0], depth):
+                notes.append(f"to keep the page small, maps are averaged over {_in_bands(bands)}")
+            return bands, words
+    fitting = _MAP_BYTES // per_map
+    notes.append(f"to keep the page small, only the first {fitting} words have maps")
+    return 1, fitting
+
+
+def _in_bands(bands: int) -> str:
+    return "all layers" if bands == 1 else f"{bands} bands of layers"
+
+
+def _arm(arm: Arm, others: Sequence[Any], n_bands: int, n_words: int) -> dict[str, Any]:
+    trace = arm.trace
+    heads = torch.stack([_mean(trace.image_mass, w.tokens) for w in arm.words] or [torch.zeros(0)])
+    data: dict[str, Any] = {
+        "name": arm.name,
+        "text": trace.text,
+        "tokens": [
+            {"start": start, "end": end, "logprob": round(logprob, 4)}
+            for (start, end), logprob in zip(trace.spans, trace.logprob.tolist(), strict=True)
+        ],
+        "blocks": list(trace.layout.blocks),
+        "masses": _rounded(trace.masses.mean(dim=(1, 2))),
+        "words": [
+            {
+                "start": word.span[0],
+                "end": word.span[1],
+                "tokens": list(word.tokens),
+                "logprob": round(float(trace.logprob[slice(*word.tokens)].sum()), 4),
+                "differs": differs,
+            }
+            for word, differs in zip(arm.words, differing(arm.words, others), strict=True)
+        ],
+        "risk": {name: _finite(values) for name, values in arm.risk.items()},
+        "position": _finite(arm.position),
+        "layers": list(trace.layers),
+        "n_heads": trace.masses.shape[2],
+        "heads": _bytes(heads.flatten(1) if arm.words else heads[None]),
+        "checks": {str(number): _check(check) for number, check in arm.checks.items()},
+    }
+    return data | {"maps": _maps(arm, n_bands, n_words) if n_bands else None}
+
+
+def _mean(values: Tensor, tokens: tuple[int, int]) -> Tensor:
+    return values[slice(*tokens)].mean(dim=0)
+
+
+def _maps(arm: Arm, n_bands: int, n_words: int) -> dict[str, Any]:
+    """Maps of the words, averaged over heads, in bands of layers; the first band is all of them."""
+    trace = arm.trace
+    depth = len(trace.map_layers)
+    edges = np.linspace(0, depth, n_bands + 1).round().astype(int).tolist() if n_bands > 1 else []
+    bands = [(0, depth), *itertools.pairwise(edges)]
+    words = arm.words[:n_words]
+    by_layer = [
+        _mean(trace.maps, word.tokens).mean(dim=1) for word in words if trace.maps is not None
+    ]
+    maps = torch.stack(
+        [torch.stack([m[slice(*band)].mean(dim=0) for band in bands]) for m in by_layer]
+        or [torch.zeros(len(bands), 0)]
+    )
+    sinks = arm.sinks.nonzero().flatten() if words else torch.zeros(0, dtype=torch.long)
+    at_sinks = maps[..., sinks].numpy().astype("<f4").tobytes()
+    maps[..., sinks] = 0
+    names = ["all layers"]
+    for start, stop in bands[1:]:
+        first, last = trace.map_layers[start], trace.map_layers[stop - 1]
+        names.append(f"layer {first}" if first == last else f"layers {first} to {last}")
+    return {
+        "bands": names,
+        "n_words": len(words),
+        **_bytes(maps.flatten(0, 1)),
+        "sinks": sinks.tolist(),
+        "sink_values": base64.b64encode(at_sinks).decode("ascii"),
+    }
+
+
+def _bytes(rows: Tensor) -> dict[str, Any]:
+    """Rows in units of 1/255 of their largest value."""
+    tops = rows.amax(dim=1).clamp(min=1e-12) if rows.numel() else rows.new_zeros(len(rows))
+    units = (rows / tops[:, None] * 255).round().clamp(0, 255).to(torch.uint8)
+    return {
+        "tops": [float(f"{top:.6g}") for top in tops.tolist()],
+        "data": base64.b64encode(units.numpy().tobytes()).decode("ascii"),
+    }
+
+
+def _check(check: Check) -> dict[str, Any]:
+    names = ("logprob", "without_cells", "without_others", "without_image")
+    return {"cells": list(check.cells)} | {
+        name: round(max(getattr(check, name), -1e6), 4) for name in names
+    }
+
+
+def _rounded(values: Tensor) -> list[list[float]]:
+    return [[round(value, 4) for value in row] for row in values.tolist()]
+
+
+def _finite(values: Sequence[float]) -> list[float | None]:
+    """Numbers that JSON has; ``None`` for those it has not."""
+    return [round(float(v), 5) if np.isfinite(v) else None for v in values]
+
+
+def _boxes(places: Places) -> list[list[float] | None]:
+    return [
+        [round(edge, 2) for edge in box] if has_place else None
+        for box, has_place in zip(places.boxes.tolist(), places.has_place.tolist(), strict=True)
+    ]
+
+
+def _picture(image: Image.Image) -> dict[str, Any]:
+    """The picture, scaled down where it is large; ``width`` and ``height`` are the original's."""
+    small = image.convert("RGB")
+    small.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=85, optimize=True)
+    source = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return {"source": source, "width": image.width, "height": image.height}
