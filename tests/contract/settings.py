@@ -94,6 +94,12 @@ ACTIVE = {
         ]
     },
     "decore": lambda family: {"method": "decore", "head_file": heads_for(family), "n_heads": 3},
+    "decore_all": lambda family: {
+        "method": "decore",
+        "head_file": heads_for(family),
+        "n_heads": 3,
+        "span": "all",
+    },
     "decore_uniform+vcd": lambda family: {
         "methods": [
             {

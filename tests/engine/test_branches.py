@@ -209,3 +209,102 @@ def test_a_contrast_without_raw_pixels_says_what_to_pass() -> None:
         pytest.raises(UnsupportedModelError, match="pixel_values"),
     ):
         family.model.generate(**batch, mm_encoder_outputs={"image": features}, max_new_tokens=2)
+
+
+LATE = {
+    "icd": {"method": "icd", "disturbance_ids": [30, 40, 50]},
+    "icd+vcd": ["vcd", {"method": "icd", "disturbance_ids": [30, 40, 50]}],
+    "lqcd": {"method": "lqcd", "leading_ids": [31, 41], "tail": 1},
+    "avisc": {"method": "avisc", "alpha": 1.0},
+}
+"""Contrasts whose prompt passes by itself: it is longer, or waits for the user's."""
+
+
+def passes(family: zoo.Family) -> list[tuple[int, int]]:
+    """Rows and tokens of every pass of the decoder from now on."""
+    seen: list[tuple[int, int]] = []
+
+    def count(module: object, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        embeds = kwargs.get("inputs_embeds")
+        given = kwargs["input_ids"] if embeds is None else embeds
+        seen.append((given.shape[0], given.shape[1]))
+
+    family.model.get_decoder().register_forward_pre_hook(count, with_kwargs=True)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [(name, setting) for name in ("llava", "qwen2_5_vl") for setting in LATE]
+    + [("gemma3", "avisc")],
+)
+def test_streams_go_on_in_one_batch_after_prompts_that_pass_one_by_one(
+    name: str, setting: str
+) -> None:
+    family = zoo.load(name)
+    batch = two_rows(family)
+    with vlm_steer.steer(family.model, LATE[setting], backend="separate"):
+        expected = generate(family, batch)
+    seen = passes(family)
+    with vlm_steer.steer(family.model, LATE[setting], backend="paired"):
+        together = generate(family, batch)
+    assert_close(together, expected)
+    assert torch.equal(together.argmax(dim=-1), expected.argmax(dim=-1))
+    n_streams = 3 if setting == "icd+vcd" else 2
+    assert [rows for rows, _ in seen] == [2] * n_streams + [2 * n_streams] * 4
+
+
+@pytest.mark.parametrize("setting", ["icd", "avisc"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3, "do_sample": False},
+        {"do_sample": True, "num_return_sequences": 2, "top_p": 0.9},
+    ],
+)
+def test_joined_streams_follow_beams_and_sampling(setting: str, options: dict[str, object]) -> None:
+    family = zoo.load("llava")
+    batch = two_rows(family)
+    results = []
+    for backend in ("paired", "separate"):
+        torch.manual_seed(0)
+        with vlm_steer.steer(family.model, LATE[setting], backend=backend):
+            results.append(family.model.generate(**batch, max_new_tokens=6, **options))
+    assert torch.equal(*results)
+
+
+def test_a_cache_that_a_longer_branch_has_padded_comes_back_as_it_was() -> None:
+    family = zoo.load("llava")
+    batch = two_rows(family)
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    with vlm_steer.steer(family.model, LATE["icd"], backend="paired"):
+        cache = family.model.generate(**batch, **options).past_key_values
+    with vlm_steer.steer(family.model, LATE["icd"], backend="separate"):
+        expected = family.model.generate(**batch, **options).past_key_values
+    for layer, of_separate in zip(cache.layers, expected.layers, strict=True):
+        torch.testing.assert_close(layer.keys, of_separate.keys, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(layer.values, of_separate.values, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "beside"),
+    [
+        ("llava", [{"method": "gift", "alpha": 2.0, "layers": "all"}]),  # knows single positions
+        ("gemma3", []),  # has windows, in which padding would take up room
+    ],
+)
+def test_a_longer_branch_stays_separate_where_padding_would_be_in_the_way(
+    name: str, beside: list[object]
+) -> None:
+    family = zoo.load(name)
+    batch = two_rows(family)
+    spec = [*beside, LATE["icd"]]
+    seen = passes(family)
+    with vlm_steer.steer(family.model, spec):
+        generate(family, batch)
+    assert {rows for rows, _ in seen} == {2}
+    with (
+        vlm_steer.steer(family.model, spec, backend="paired"),
+        pytest.raises(UnsupportedModelError, match="cannot be joined"),
+    ):
+        generate(family, batch)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import vlm_steer
 from tests.contract.settings import heads_for
-from tests.contract.test_contract import generate, two_rows
+from tests.contract.test_contract import assert_close, generate, two_rows
 from tests.families import zoo
 from vlm_steer import functional as F
 from vlm_steer.commands.head_scores import _lengths, image_files, visual_heads
@@ -73,6 +73,37 @@ def test_the_masked_stream_is_a_forward_without_a_cache_with_masked_heads(
         token = logits[:, step].argmax(dim=-1, keepdim=True)
         batch["input_ids"] = torch.cat([batch["input_ids"], token], dim=1)
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+
+
+@pytest.mark.parametrize("span", ["decode", "all"])
+def test_the_prompt_is_passed_once_unless_heads_are_masked_in_it(span: str) -> None:
+    family = zoo.load("llava")
+    batch = two_rows(family)
+    length, seen = batch["input_ids"].shape[1], []
+
+    def count(module: nn.Module, args: object, kwargs: dict[str, Tensor]) -> None:
+        seen.append(tuple(kwargs["inputs_embeds"].shape[:2]))
+
+    family.model.get_decoder().register_forward_pre_hook(count, with_kwargs=True)
+    spec = {"method": "decore", "head_file": heads_for("llava"), "n_heads": 3, "span": span}
+    with vlm_steer.steer(family.model, spec):
+        generate(family, batch, max_new_tokens=3)
+    over_prompt = [(2, length), (2, 1)] if span == "decode" else [(4, length)]
+    assert seen == [*over_prompt, (4, 1), (4, 1)]
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3"])
+def test_a_shared_prompt_gives_what_a_prompt_of_its_own_gives(name: str) -> None:
+    family = zoo.load(name)
+    batch = two_rows(family)
+    spec = {"method": "decore", "head_file": heads_for(name), "n_heads": 3}
+    with vlm_steer.steer(family.model, spec):
+        shared = generate(family, batch)
+    # A method that acts on the prompt, here with no effect, makes the stream pass it by itself.
+    idle = {"method": "vaf", "alpha": 1e-9, "beta": 0.0}
+    with vlm_steer.steer(family.model, [spec, idle]):
+        own = generate(family, batch)
+    assert_close(shared, own)
 
 
 def test_the_stream_of_another_contrast_keeps_its_heads() -> None:

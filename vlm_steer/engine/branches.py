@@ -6,7 +6,9 @@ that the user's stream receives. Two ways to run it give the same numbers:
 ``paired``    its rows are appended to the batch, so that one forward serves all streams;
 ``separate``  it has a cache of its own and runs a forward of its own after the user's.
 
-``paired`` is taken wherever the arguments of all streams can be joined.
+``paired`` is taken wherever the arguments of all streams can be joined. Where only those over the
+prompt cannot (it is longer, or waits for the user's), the caches are joined after them, so that one
+forward serves all streams from the second token on.
 """
 
 import copy
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from vlm_steer.engine import caches
 from vlm_steer.engine.active import ACTIVE
 from vlm_steer.engine.call import Call, Forward, Stream
 from vlm_steer.engine.grid import grid_of
@@ -189,6 +192,7 @@ class _Running:
         mask: ``[batch, positions]`` padding mask of everything it has seen.
         has_padding: Whether that mask holds any padding.
         delta: What to add to the user's positions to get the branch's, ``[..., batch, 1]``.
+        shares_prompt: Whether it goes on from a copy of the user's cache.
         empty_cache: Copy of its cache before the first forward, kept only when the user
             generates without a cache and the branch therefore starts over at every step.
     """
@@ -200,6 +204,7 @@ class _Running:
     mask: Tensor
     has_padding: bool
     delta: Tensor | None
+    shares_prompt: bool = False
     empty_cache: Any = None
 
     def follow(self, kwargs: Mapping[str, Any], new: int) -> dict[str, Any]:
@@ -264,12 +269,17 @@ class Branches:
         self._is_first = True
         self._rows = n_rows(kwargs)
         self._length = n_tokens(kwargs)
+        self._padding = 0
         with kept_module_state(source.model):
             self._running = [
                 self._build(bound, branch, kwargs, past)
                 for bound in call.plan.bounds
                 for branch in bound.branches
             ]
+
+        if past == 0 and self._goes_on(kwargs) and call.plan.leaves_prompt:
+            for running in self._running:
+                running.shares_prompt = running.branch.shares_prompt
 
     # -- starting ---------------------------------------------------------------------------
     def _build(
@@ -350,7 +360,7 @@ class Branches:
         return self._join_step(parts)
 
     def _try_to_pair(self, kwargs: dict[str, Any], past: int) -> dict[str, Any] | None:
-        waits = any(running.branch.after_user for running in self._running)
+        waits = any(r.branch.after_user or r.shares_prompt for r in self._running)
         lacks_image = any(running.branch.drop_image for running in self._running)
         can_pair = (
             self.backend != "separate"
@@ -367,11 +377,6 @@ class Branches:
             prompts = [running.prompt for running in self._running]
             joined = add_rows([kwargs, *prompts])
         if joined is None:
-            if self.backend == "paired":
-                raise UnsupportedModelError(
-                    "backend 'paired' was asked for, but this model's inputs cannot be joined "
-                    "into one batch. Use backend 'auto' or 'separate'."
-                )
             return None
         joined["past_key_values"] = kwargs["past_key_values"]
         length = n_tokens(kwargs)
@@ -379,12 +384,60 @@ class Branches:
             missing = length - n_tokens(running.prompt)
             running.has_padding |= missing > 0
             running.mask = torch.nn.functional.pad(running.mask, (missing, 0))
-            kinds = torch.nn.functional.pad(running.stream.layout.prompt, (missing, 0))
-            running.stream.layout = Layout.from_kinds(kinds)
+            running.stream.pad(missing)
             running.stream.batch = slice(index * self._rows, (index + 1) * self._rows)
             running.forget_prompt()
         self.call.positive.batch = slice(0, self._rows)
         return joined
+
+    def _join_caches(self, kwargs: Mapping[str, Any]) -> None:
+        """Let all streams go on in one batch, their prompts having passed one by one."""
+        cache, streams = kwargs.get("past_key_values"), (self.call.positive, *self.streams())
+        others = [running.prompt.get("past_key_values") for running in self._running]
+        lengths = [stream.layout.prompt_length for stream in streams]
+        missing = [max(lengths) - length for length in lengths]
+        is_possible = (
+            self._goes_on(kwargs)
+            and lengths[0] == n_tokens(kwargs)
+            and caches.can_join(cache, others, missing)
+            and (not any(missing) or all(stream.can_be_padded for stream in streams))
+        )
+        if self.backend == "separate" or not is_possible:
+            if self.backend == "paired":
+                raise UnsupportedModelError(
+                    "backend 'paired' was asked for, but this model's inputs cannot be joined "
+                    "into one batch. Use backend 'auto' or 'separate'."
+                )
+            return
+        caches.join(cache, others, missing)
+        self._padding = missing[0]
+        for index, (stream, more) in enumerate(zip(streams, missing, strict=True)):
+            stream.pad(more)
+            stream.batch = slice(index * self._rows, (index + 1) * self._rows)
+        for running, more in zip(self._running, missing[1:], strict=True):
+            running.mask = torch.nn.functional.pad(running.mask, (more, 0))
+            running.has_padding |= more > 0
+            running.prompt = {"past_key_values": cache}
+        self.is_paired = True
+
+    def _goes_on(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether this is a generation with a cache, whose rows know their positions."""
+        return (
+            self.source.raw is not None
+            and kwargs.get("past_key_values") is not None
+            and kwargs.get("position_ids") is not None
+            and not self.call.plan.model.has_cross_attention
+        )
+
+    def _my_mask(self, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The user's padding mask, on the left of which a longer branch has put more padding."""
+        mask: Tensor | None = kwargs.get("attention_mask")
+        if self._padding == 0:
+            return mask
+        if mask is None:
+            total = self._running[0].mask.shape[1] - self._padding
+            mask = self._running[0].mask.new_ones((self._rows, total))
+        return torch.nn.functional.pad(mask, (self._padding, 0))
 
     def _join_step(self, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         joined = dict(parts[0])
@@ -394,7 +447,7 @@ class Branches:
             positions = [part["position_ids"] for part in parts]
             positions = [p.expand(*p.shape[:-2], rows, p.shape[-1]) for p in positions]
             joined["position_ids"] = torch.cat(positions, dim=-2)
-        masks = [part.get("attention_mask") for part in parts]
+        masks = [self._my_mask(parts[0]), *(part.get("attention_mask") for part in parts[1:])]
         given = [mask for mask in masks if mask is not None]
         if given:
             unpadded = torch.ones_like(given[0])
@@ -424,10 +477,13 @@ class Branches:
             }
             return mine, others
         with kept_module_state(self.source.model):
-            return logits, {
+            others = {
                 running.stream.name: self._run(owner, running, kwargs, past)
                 for running in self._running
             }
+        if self._is_first:
+            self._join_caches(kwargs)
+        return logits, others
 
     def _run(
         self, owner: nn.Module, running: _Running, kwargs: Mapping[str, Any], past: int
@@ -435,6 +491,10 @@ class Branches:
         if self._is_first:
             if running.branch.after_user:
                 running.follow_choice(self.call.positive)
+            if running.shares_prompt:
+                shared = caches.without_last(kwargs["past_key_values"])
+                if shared is not None:
+                    return self._run_last(owner, running, kwargs, shared)
             if kwargs.get("past_key_values") is None:
                 running.empty_cache = copy.deepcopy(running.prompt["past_key_values"])
             logits = self._forward(owner, running, running.prompt, 0)
@@ -448,6 +508,24 @@ class Branches:
         # Without a cache the user's forward starts over, and so does the branch: rows may have
         # been moved between steps by a beam search that had no cache to reorder.
         return self._start_over(owner, running, kwargs, new)
+
+    def _run_last(
+        self, owner: nn.Module, running: _Running, kwargs: Mapping[str, Any], cache: Any
+    ) -> Tensor:
+        """The last token of the prompt, which the cache holds but for that token."""
+        step = last_tokens(kwargs, 1, keep_cross_attention=True)
+        name = "input_ids" if kwargs.get("inputs_embeds") is None else "inputs_embeds"
+        step |= {
+            name: kwargs[name][:, -1:],
+            "position_ids": kwargs["position_ids"][..., -1:],
+            "attention_mask": kwargs.get("attention_mask"),
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        if name == "inputs_embeds":
+            step["input_ids"] = None
+        running.prompt = {"past_key_values": cache}
+        return self._forward(owner, running, step, self._length - 1)
 
     def _start_over(
         self, owner: nn.Module, running: _Running, kwargs: Mapping[str, Any], length: int
@@ -499,7 +577,7 @@ class Branches:
     def release(self, cache: Any) -> None:
         """Leave only the user's rows in the user's cache."""
         if self.is_paired and cache is not None:
-            cache.reorder_cache(torch.arange(self._rows))  # not every layer can select rows
+            caches.split(cache, self._rows, self._padding)
 
 
 def _changed(

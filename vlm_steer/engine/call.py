@@ -73,6 +73,19 @@ class Stream:
         """States of the last row after each of the layers, ``[batch, layers, hidden]``."""
         return states_after(self.taps, layers)
 
+    @property
+    def can_be_padded(self) -> bool:
+        """Whether nothing is known yet of single positions of its prompt."""
+        known = (self.marks, self.tallies, self.memo, self.prepared, self.chosen)
+        found = (self.grid, self.shift, self.image_features, self.shift_in_cache)
+        return not any(known) and all(thing is None for thing in found)
+
+    def pad(self, missing: int) -> None:
+        """Put padding in front of its prompt."""
+        if missing > 0:
+            kinds = torch.nn.functional.pad(self.layout.prompt, (missing, 0))
+            self.layout = Layout.from_kinds(kinds)
+
     def select(self, rows: Tensor) -> None:
         """Make other rows of the batch of a prompt, as its cache does."""
         self.layout = Layout.from_kinds(self.layout.prompt[rows.to(self.layout.kinds.device)])

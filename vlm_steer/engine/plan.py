@@ -133,6 +133,15 @@ class Plan:
         return any(bound.branches for bound in self.bounds)
 
     @property
+    def leaves_prompt(self) -> bool:
+        """Whether no method acts on the prompt, or looks at it, before its last row."""
+        return not any(
+            _overrides(bound.method, (*_PROMPT_HOOKS, "marks"))
+            or (bound.method.rows != "last" and _overrides(bound.method, _ROW_HOOKS))
+            for bound in self.bounds
+        )
+
+    @property
     def prefix(self) -> Literal["untouched", "marked"] | None:
         """How prompts may share a pass over everything up to their last image token.
 

@@ -77,6 +77,8 @@ class Branch:
         insert: Text to add to the prompt.
         after_user: Never run the prompt in one batch with the user's, since it needs what the
             ``choose`` hook found there.
+        shares_prompt: The prompt, its last token excepted, is to the branch what it is to the user,
+            so that it goes on from a copy of the user's cache where that can be made.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Branch:
     blank: tuple[float, ...] = ()
     insert: Insertion | None = None
     after_user: bool = False
+    shares_prompt: bool = False
 
 
 class Columns:

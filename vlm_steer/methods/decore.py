@@ -33,16 +33,17 @@ class DeCoRe(Method):
         alpha := entropy(p)
         log p := (1 + alpha) * log p - alpha * log p_m
 
-    Heads are masked for the last prompt token and the generated ones, on the same prompt. They
-    come from a file of head scores: those published for language models, or what
-    ``vlm-steer build decore`` finds, the heads that attend most to the image.
+    Heads are masked for the last prompt token and the generated ones; before them both streams
+    share the prompt. They come from a file of head scores: those published for language models, or
+    what ``vlm-steer build decore`` finds, the heads that attend most to the image.
 
     Deviations: the official code sets the query of a masked head to zero, which makes it attend
     evenly to all it sees rather than give nothing (``mask_by: uniform``, preset
-    ``decore_official``); it decodes greedily, one row at a time. It copies the cache of the
-    prompt, where here the masked stream passes over the prompt itself.
+    ``decore_official``); it decodes greedily, one row at a time. Where it scores given
+    answers, it masks the heads for the whole prompt instead (``span: all``).
 
-    Cost: one extra stream, with the prompt and its image features.
+    Cost: one extra stream from the last prompt token on; with ``span: all``, beside methods that
+    act on the prompt, or where a cache cannot be copied, one more pass over the prompt.
 
     Attributes:
         head_file: File of head scores, a JSON object from "layer-head" to a list of scores.
@@ -50,6 +51,8 @@ class DeCoRe(Method):
             0.01 to 0.1. The authors mask 10 to 100 of 1024.
         mask_by: What a masked head gives: nothing (``zero``) or the mean of all that it sees
             (``uniform``, official code).
+        span: Mask heads for the last prompt token and the generated ones (``decode``), or for the
+            whole prompt too (``all``).
         alpha: Strength of the contrast, >= 0; null for the entropy. The authors' fixed strength
             is 0.5.
         beta: Plausibility threshold, 0 to 1; 0 keeps every token, like the authors.
@@ -67,13 +70,13 @@ class DeCoRe(Method):
     """
 
     paper: ClassVar[str] = "arXiv:2410.18860"
-    rows: ClassVar[Rows] = "last"
     attends: ClassVar[Attends] = "both"
     own: ClassVar[dict[str, str]] = {"heads": "masked", "scores": "masked"}
 
     head_file: str | None = None
     n_heads: int | float = 0.05
     mask_by: Literal["zero", "uniform"] = "zero"
+    span: Literal["decode", "all"] = "decode"
     alpha: float | None = None
     beta: float = 0.0
 
@@ -90,6 +93,11 @@ class DeCoRe(Method):
         )
         self.require(0 <= self.beta <= 1, f"beta is {self.beta}; it must lie in [0, 1]")
 
+    @property
+    def rows(self) -> Rows:  # type: ignore[override]  # a class variable elsewhere
+        """Rows in which heads are masked."""
+        return "last" if self.span == "decode" else "all"
+
     def is_neutral(self) -> bool:
         return self.alpha == 0 and self.beta == 0
 
@@ -97,7 +105,8 @@ class DeCoRe(Method):
         ignored = {"scope": "heads are masked in a stream of its own"}
         if self.alpha == 0:
             why = "alpha is 0, so there is no contrast"
-            ignored |= dict.fromkeys(("head_file", "n_heads", "mask_by", "layers"), why)
+            options = ("head_file", "n_heads", "mask_by", "span", "layers")
+            ignored |= dict.fromkeys(options, why)
         return ignored
 
     def overrides(self, hook: str) -> bool:
@@ -121,7 +130,9 @@ class DeCoRe(Method):
         return (f"masked heads: {', '.join(heads)}",)
 
     def branches(self) -> tuple[Branch, ...]:
-        return () if self.alpha == 0 else (Branch("masked"),)
+        if self.alpha == 0:
+            return ()
+        return (Branch("masked", shares_prompt=self.span == "decode"),)
 
     def scores(self, scores: Tensor, at: At) -> Tensor:
         return scores.masked_fill(_mask(at, scores)[:, None, None], 0)
