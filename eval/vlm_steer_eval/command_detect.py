@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
@@ -44,8 +44,10 @@ PresetOption: TypeAlias = Annotated[
     ),
 ]
 MentionsOption: TypeAlias = Annotated[
-    Literal["first", "all"],
-    typer.Option("--mentions", help="Judge the first mention of each object, or all."),
+    Literal["first", "all", "text"],
+    typer.Option(
+        "--mentions", help="Judge the first mention of each object, all, or texts as a whole."
+    ),
 ]
 OptionsOption: TypeAlias = Annotated[
     list[str] | None,
@@ -103,7 +105,7 @@ def show(
     """List the detectors, their options and what they need."""
     from vlm_steer.detection import build_detector, get_detector, list_detectors
 
-    entries = []
+    entries: list[dict[str, Any]] = []
     for name in list_detectors():
         cls = get_detector(name)
         entries.append(
@@ -121,7 +123,7 @@ def show(
         return
     for entry in entries:
         typer.echo(f"{entry['name']}: {entry['summary']}")
-        given = ", ".join(f"{key}={value}" for key, value in dict(entry["options"]).items())
+        given = ", ".join(f"{key}={value}" for key, value in entry["options"].items())
         if given:
             typer.echo(f"    {given}")
 
@@ -300,7 +302,7 @@ def _source(
     texts: Path | None,
     images: Path | None,
     prompt: str,
-    mentions: Literal["first", "all"],
+    mentions: Literal["first", "all", "text"],
     limit: int | None,
     seed: int,
 ) -> "Labelled":

@@ -194,7 +194,9 @@ def rate(
         if not every_token:
             reader = TableNormaliser(ObjectVocabulary.coco())
             units = mention_units(trace, reader, None, mentions="all")
-        risks = fitted.risk(trace, units, Evidence(picture, asked)).tolist()
+        risks = fitted.risk(
+            trace, units, Evidence(picture, asked, prompt, model, processor)
+        ).tolist()
         rows.append(
             {
                 "image": str(path),

@@ -231,7 +231,7 @@ def _judge(
             continue
         units += found
         owners += [item] * len(found)
-        evidence = Evidence(image, prompt)
+        evidence = Evidence(image, prompt, item.prompt, model, processor)
         for name, detector in detectors.items():
             features[name].append(detector.features(trace, found, evidence))
     return Collected(

@@ -30,7 +30,7 @@ __all__ = [
     "pope_labels",
 ]
 
-Mentions = Literal["first", "all"]
+Mentions = Literal["first", "all", "text"]
 
 AMBIGUOUS = frozenset({"table"})
 """Words that name another thing as often as their object: a side table is no dining table."""
@@ -78,12 +78,15 @@ def mention_units(
         trace: of the caption.
         normaliser: reads the caption.
         truth: objects of the image; None leaves every label open.
-        mentions: the `first` of each object, or `all`.
+        mentions: the `first` of each object, `all`, or the `text` as one unit, which is
+            hallucinated where any mention is.
         ambiguous: surfaces that are no evidence of a hallucination.
 
     Raises:
         DataError: the normaliser rewrites the text, so its mentions have no place in it.
     """
+    if mentions == "text":
+        return _whole(trace, mention_units(trace, normaliser, truth, ambiguous=ambiguous))
     seen: Counter[str] = Counter()
     units = []
     for mention in normaliser.read(trace.text).mentions:
@@ -100,6 +103,13 @@ def mention_units(
         label = -1 if truth is None else _label(trace.text, mention, truth, ambiguous)
         units.append(Unit(tokens, mention.span, mention.object, mention.token, occurrence, label))
     return units
+
+
+def _whole(trace: Trace, units: Sequence[Unit]) -> list[Unit]:
+    """A text as one unit."""
+    labels = [unit.label for unit in units]
+    label = 1 if 1 in labels else (0 if labels and set(labels) == {0} else -1)
+    return [Unit((0, trace.n_tokens), (0, len(trace.text)), label=label)]
 
 
 def _label(text: str, mention: Mention, truth: Set[str], ambiguous: Set[str]) -> int:

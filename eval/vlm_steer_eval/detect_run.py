@@ -96,8 +96,15 @@ def _fit_weights(
     features: Tensor, train: Collected, preset: str, seed: int
 ) -> tuple[Logistic, float]:
     if preset == "paper":
-        plain = {"standardise": False, "is_balanced": False}
-        return fit_logistic(features, train.labels, strength=1.0, **plain), 1.0
+        fitted = fit_logistic(
+            features,
+            train.labels,
+            strength=1.0,
+            standardise=False,
+            is_balanced=False,
+            components=None,
+        )
+        return fitted, 1.0
     strength = 1.0
     if features.shape[1] > 1:
         strength = choose_strength(features, train.labels, train.image, seed=seed)

@@ -51,12 +51,21 @@ def test_scaling_a_feature_changes_no_standardised_fit(planted):
     )
 
 
+def test_principal_components_are_folded_into_the_weights(planted):
+    x, y = planted
+    mixed = torch.cat([x, x @ torch.randn(12, 20, dtype=torch.float64)], dim=1)
+    few = fit_logistic(mixed, y, components=12, strength=1e6)
+    every = fit_logistic(x, y, strength=1e6)
+    assert few.coef.shape == (32,)
+    torch.testing.assert_close(few.logits(mixed), every.logits(x), atol=1e-2, rtol=0)
+
+
 def test_the_strength_is_chosen_on_images_that_were_left_out(planted):
     x, y = planted
     groups = [f"image {i // 4}" for i in range(400)]
     folds = group_folds(groups, 5)
     assert all(len(set(folds[i : i + 4].tolist())) == 1 for i in range(0, 400, 4))
-    noise = torch.randn(400, 200, dtype=torch.float64)
+    noise = torch.randn(400, 60, dtype=torch.float64)
     assert choose_strength(noise, y, groups) < choose_strength(x, y, groups)
 
 

@@ -73,10 +73,16 @@ class Evidence:
     Attributes:
         image: The image.
         prompt: The whole prompt, as ``vlm_steer.generation.render_prompt`` returns it.
+        question: The user's part of it.
+        model: The model that wrote the text, for detectors that ask it again.
+        processor: Its processor.
     """
 
     image: "Image.Image"
     prompt: str
+    question: str = ""
+    model: Any = None
+    processor: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)

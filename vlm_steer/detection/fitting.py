@@ -25,6 +25,7 @@ CALIBRATORS: tuple[CalibratorName, ...] = ("platt", "temperature", "isotonic")
 
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
 MIN_PER_CLASS = 5
+MAX_COMPONENTS = 512  # as the authors of LapEigvals
 _FEWEST = 1e-12
 
 
@@ -89,6 +90,7 @@ def fit_logistic(
     weights: Tensor | None = None,
     standardise: bool = True,
     is_balanced: bool = True,
+    components: int | None = MAX_COMPONENTS,
 ) -> Logistic:
     """Minimise ``|coef|^2 / 2 + strength * sum(weight * loss)``; the intercept is free.
 
@@ -102,6 +104,8 @@ def fit_logistic(
         weights: ``[n]`` of the units; 1 for all when omitted.
         standardise: Fit on features with mean 0 and standard deviation 1.
         is_balanced: Weigh both classes alike.
+        components: Fit on that many principal components where there are more features; the
+            weights returned are those of the features. ``None`` fits on all.
 
     Raises:
         DataError: There are too few units of a class, or features that are not finite.
@@ -114,6 +118,8 @@ def fit_logistic(
         mean, scale = given.mean(0), given.std(0, correction=0)
         scale = torch.where(scale > _FEWEST, scale, 1.0)
     x = (given - mean) / scale
+    basis = _principal(x, components)
+    x = x if basis is None else x @ basis
     w = torch.ones_like(truth) if weights is None else weights.double()
     if is_balanced:
         share = w @ truth / w.sum()
@@ -141,8 +147,16 @@ def fit_logistic(
 
     with torch.enable_grad():
         solver.step(loss)  # type: ignore[no-untyped-call]  # untyped upstream
-    found = solution.detach()
-    return Logistic(found[:-1].clone(), found[-1].clone(), mean, scale)
+    coef, intercept = solution.detach()[:-1].clone(), solution.detach()[-1].clone()
+    return Logistic(coef if basis is None else basis @ coef, intercept, mean, scale)
+
+
+def _principal(x: Tensor, components: int | None) -> Tensor | None:
+    """``[d, components]`` directions of largest variance; ``None`` where there are not as many."""
+    if components is None or x.shape[1] <= components:
+        return None
+    directions: Tensor = torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh
+    return directions[:components].T
 
 
 def group_folds(groups: Sequence[str], n_folds: int, seed: int = 0) -> Tensor:
@@ -209,12 +223,14 @@ class Calibrator:
         risk = risk.double()
         if self.kind != "isotonic":
             slope, shift = self.values
-            return torch.sigmoid(slope * risk + shift)
-        at, probability = self.values
+            probability: Tensor = torch.sigmoid(slope * risk + shift)
+            return probability
+        at, steps = self.values
         place = torch.searchsorted(at, risk.contiguous()).clamp(1, len(at) - 1)
         width = (at[place] - at[place - 1]).clamp(min=_FEWEST)
         share = ((risk - at[place - 1]) / width).clamp(0, 1)
-        return probability[place - 1] + share * (probability[place] - probability[place - 1])
+        between: Tensor = steps[place - 1] + share * (steps[place] - steps[place - 1])
+        return between
 
 
 def fit_calibrator(kind: CalibratorName, risk: Tensor, labels: Tensor) -> Calibrator:
@@ -253,12 +269,13 @@ def _temperature(risk: Tensor, labels: Tensor) -> Tensor:
     for _ in range(60):
         a, b = high - golden * (high - low), low + golden * (high - low)
         low, high = (low, b) if loss(a) <= loss(b) else (a, high)
-    return torch.tensor((low + high) / 2, dtype=torch.float64).exp()
+    slope: Tensor = torch.tensor((low + high) / 2, dtype=torch.float64).exp()
+    return slope
 
 
 def _isotonic(risk: Tensor, labels: Tensor) -> Tensor:
     """``[2, steps]`` by pooling adjacent violators."""
-    values, inverse = risk.unique(sorted=True, return_inverse=True)
+    values, inverse = torch.unique(risk, return_inverse=True)
     weight = torch.zeros_like(values).index_add(0, inverse, torch.ones_like(labels))
     total = torch.zeros_like(values).index_add(0, inverse, labels)
     blocks: list[list[float]] = []  # weight, sum, number of values

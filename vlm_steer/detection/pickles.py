@@ -117,8 +117,9 @@ def convert_lookback(path: Path, *, layers: int, heads: int) -> FittedDetector:
         ) from error
     classifier = content.get("clf") if isinstance(content, dict) else content
     state = getattr(classifier, "state", {})
-    arrays = [state.get(name) for name in ("coef_", "intercept_")]
-    if not all(isinstance(array, _Array) for array in arrays):
+    found = [state.get(name) for name in ("coef_", "intercept_")]
+    arrays = [array for array in found if isinstance(array, _Array)]
+    if len(arrays) != 2:
         raise DataError(f"{path} holds no logistic regression with coef_ and intercept_.")
     coef, intercept = (torch.tensor(array.value.astype(np.float64)).flatten() for array in arrays)
     if len(coef) != layers * heads or len(intercept) != 1:

@@ -88,7 +88,7 @@ class FittedDetector:
         Raises:
             ConfigError: The folder cannot be written.
         """
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         if self.logistic is not None:
             tensors |= {name: getattr(self.logistic, name) for name in _LOGISTIC}
         if self.calibrator is not None:

@@ -1,7 +1,7 @@
 """Detectors that look at where attention goes while a word is predicted."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -17,7 +17,7 @@ __all__ = ["SVAR", "ImageEntropy", "LookbackRatio", "SinkMass"]
 _PARTS = ("context", "system", "image", "instruction")
 
 
-def _chosen(trace: Trace, layers: Selector) -> list[int]:
+def chosen_layers(trace: Trace, layers: Selector) -> list[int]:
     """Places on the axis of recorded layers of the layers selected among them."""
     wanted = set(select(layers, max(trace.layers) + 1))
     return [place for place, layer in enumerate(trace.layers) if layer in wanted]
@@ -109,7 +109,7 @@ class _PerHead(Detector):
         evidence: Evidence | None = None,  # noqa: ARG002
     ) -> Tensor:
         """``[units, 1]`` or ``[units, layers * heads]``."""
-        values = self.of_token(trace)[:, _chosen(trace, self.layers)].flatten(1)
+        values = self.of_token(trace)[:, chosen_layers(trace, self.layers)].flatten(1)
         if self.heads == "mean":
             values = values.mean(1, keepdim=True)
         return pooled(values, units, self.pool)
@@ -136,7 +136,7 @@ class SVAR(_PerHead):
 
     paper: ClassVar[str] = "arXiv:2411.16724"
 
-    layers: Selector = field(default_factory=lambda: [5 / 32, 19 / 32])
+    layers: Selector = (5 / 32, 19 / 32)
 
     def of_token(self, trace: Trace) -> Tensor:
         """``[tokens, layers, heads]``."""
