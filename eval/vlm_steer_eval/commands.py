@@ -132,6 +132,12 @@ def register(app: typer.Typer) -> None:
     )(score_mmvp)
     app.add_typer(evaluate, name="eval")
     app.add_typer(score, name="score")
+    export = typer.Typer(help="Write results for other tools.", no_args_is_help=True)
+    export.callback()(_export)
+    export.command("inspect", epilog="Example: vlm-steer export inspect runs/pope --output logs")(
+        export_inspect
+    )
+    app.add_typer(export, name="export")
     app.command(
         "compare",
         epilog="Example: vlm-steer compare runs/chair runs/chair_beams --trivial "
@@ -140,6 +146,21 @@ def register(app: typer.Typer) -> None:
     app.command("tune", epilog="Example: vlm-steer tune pai_captions.yaml --output runs/tune")(tune)
     register_detect(app)
     app.command("demo", epilog="Example: vlm-steer demo --output demo")(demo)
+
+
+def _export() -> None:
+    """Write results for other tools."""
+
+
+def export_inspect(
+    run: Annotated[Path, typer.Argument(help="Folder written by eval.", metavar="RUN")],
+    output: OutputFolder,
+) -> None:
+    """Write a run as logs of inspect_ai, one per arm, for `inspect view --log-dir`."""
+    from .adapters.inspect_ai import export_run
+
+    for path in export_run(run, output):
+        typer.echo(path)
 
 
 def demo(
