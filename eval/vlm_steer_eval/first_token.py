@@ -10,10 +10,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vlm_steer.errors import DataError
+
 from .metrics import Floats, ratio
 from .resampling import percentile_interval
 
-__all__ = ["average_precision", "calibration", "first_token_scores", "ranked_auroc"]
+__all__ = [
+    "average_precision",
+    "bias_for_yes_ratio",
+    "calibration",
+    "first_token_scores",
+    "ranked_auroc",
+]
 
 _BINS = 10
 _BLOCK = 100
@@ -77,6 +85,38 @@ def first_token_scores(
         }
     result["calibration"] = _bins(calibration(probability, truth, whole)[0])
     return result
+
+
+def bias_for_yes_ratio(margins: Sequence[float | None], share: float) -> float:
+    """The constant that, added to every margin, says yes to a share of the questions.
+
+    Of all biases that give the same answers it is the middle one, so that rounding changes none.
+    Questions with equal margins cannot be told apart; then the nearest share is taken.
+
+    Args:
+        margins: log p(yes) - log p(no) per question of an unsteered run (`margin` of its records);
+            None where it was not measured.
+        share: of the questions to answer with yes, in [0, 1].
+
+    Returns:
+        What `bias` of the method `yes_bias` has to be.
+
+    Raises:
+        DataError: nothing was measured, or the share lies outside [0, 1].
+    """
+    known = [margin for margin in margins if margin is not None]
+    if not known or not 0 <= share <= 1:
+        raise DataError(
+            f"cannot match a yes ratio of {share} with {len(known)} first-token margins. Give a "
+            "share in [0, 1] and a run of yes/no questions with margins."
+        )
+    values, counts = np.unique(np.array(known, dtype=np.float64), return_counts=True)
+    # With a threshold below values[i], everything from values[i] up is yes; above all, nothing.
+    said_yes = np.append(counts[::-1].cumsum()[::-1], 0)
+    between = (values[1:] + values[:-1]) / 2
+    thresholds = np.concatenate([[values[0] - 1], between, [values[-1] + 1]])
+    nearest = int(np.abs(said_yes - share * len(known)).argmin())
+    return -float(thresholds[nearest])
 
 
 def ranked_auroc(values: Floats, positives: Bools, weights: Floats) -> Floats:

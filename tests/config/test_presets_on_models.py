@@ -59,6 +59,7 @@ REFUSED = {
     "icd_official": "processor",
     "icd_vcd": "processor",
     "lqcd": "processor",
+    "yes_bias": "processor",
 }
 """Preset -> what it asks for, in the message, before it can be put on any model."""
 

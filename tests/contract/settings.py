@@ -164,6 +164,7 @@ ACTIVE = {
             {"method": "vcd", "alpha": 0.5, "noise_step": 400},
         ]
     },
+    "yes_bias": {"method": "yes_bias", "bias": -2.0, "yes_ids": [20, 21], "no_ids": [30]},
     "pai+vcd": {"methods": [{"method": "pai", "gamma": 1.0}, {"method": "vcd"}]},
     "var+vhr": {
         "methods": [
@@ -210,6 +211,8 @@ NEUTRAL = {
     "sid": {"method": "sid", "alpha": 0.0, "beta": 0.0},
     "rbd": {"method": "rbd", "alpha": 0.0, "gamma": 0.0, "beta": 0.0},
     "agla": {"method": "agla", "alpha": 0.0, "beta": 0.0},
+    "plausibility_mask": {"method": "plausibility_mask", "beta": 0.0},
+    "yes_bias": {"method": "yes_bias", "bias": 0.0},
     "only": {"method": "only", "alpha": 0.0, "help": 0.0, "beta": 0.0},
 }
 """Parameters at which a method is the unsteered model. ``mma`` has none: it has no strength."""

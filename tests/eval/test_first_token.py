@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_steer_eval.first_token import average_precision, first_token_scores, ranked_auroc
+from vlm_steer.errors import DataError
+from vlm_steer_eval.first_token import (
+    average_precision,
+    bias_for_yes_ratio,
+    first_token_scores,
+    ranked_auroc,
+)
 
 
 @given(
@@ -69,3 +75,23 @@ def test_undefined_measures_are_null():
     assert found["n"] == 2
     assert found["auroc"] == {"value": None, "ci95": None}
     assert found["average_precision"]["value"] == 1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_the_bias_for_a_yes_ratio_says_yes_as_often(share):
+    margins = [2.0, -1.0, None, 0.5, -3.0, 4.0, 1.0, -0.5, -2.0]
+    bias = bias_for_yes_ratio(margins, share)
+    known = [margin for margin in margins if margin is not None]
+    assert sum(margin + bias > 0 for margin in known) == share * len(known)
+    assert all(abs(margin + bias) >= 0.25 for margin in known)  # no answer on the edge
+
+
+def test_questions_with_equal_margins_get_equal_answers():
+    assert bias_for_yes_ratio([1.0, 1.0, 1.0, 0.0], 0.5) == -0.5
+    assert bias_for_yes_ratio([1.0], 0.9) == 0.0
+
+
+@pytest.mark.parametrize(("margins", "share"), [([], 0.5), ([None], 0.5), ([1.0], 1.5)])
+def test_no_bias_is_made_up(margins, share):
+    with pytest.raises(DataError, match="yes ratio"):
+        bias_for_yes_ratio(margins, share)

@@ -210,6 +210,13 @@ class Method(metaclass=_Strict):
         """What a user of this model should know before running, such as "no sinks found"."""
         return ()
 
+    def first_words(self) -> Mapping[str, tuple[str, ...] | tuple[int, ...]]:
+        """Groups of words, or of token ids, whose first tokens ``LogitsAt.first_ids`` lists.
+
+        Words need the model's processor. A token with which words of two groups begin is left out.
+        """
+        return {}
+
     def branches(self) -> tuple[Branch, ...]:
         """Extra streams to run beside the user's."""
         return ()

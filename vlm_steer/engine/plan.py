@@ -1,6 +1,6 @@
 """A list of methods resolved for one model: what acts where. Immutable."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,7 +8,7 @@ from vlm_steer.engine.active import AttentionSite
 from vlm_steer.engine.hooks import Branch, Method, ToLogits, no_logits
 from vlm_steer.engine.model import KNOWN_SCORE_OPTIONS, ModelInfo
 from vlm_steer.engine.pictures import with_blank
-from vlm_steer.engine.prompts import with_ids
+from vlm_steer.engine.prompts import first_ids, with_ids
 from vlm_steer.engine.rotary import Rotation
 from vlm_steer.errors import CompositionError, ConfigError, UnsupportedModelError
 
@@ -31,6 +31,7 @@ class Bound:
         layers: Layers where it acts; for attention methods those of a hybrid that have attention.
         constants: What ``Method.resolve`` returned.
         branches: The extra streams it runs.
+        first_ids: What ``LogitsAt.first_ids`` is.
         notes: What the engine has to say of its layers, for ``status()``.
     """
 
@@ -39,6 +40,7 @@ class Bound:
     layers: frozenset[int]
     constants: Any
     branches: tuple[Branch, ...]
+    first_ids: Mapping[str, tuple[int, ...]]
     taps: tuple[int, ...]
     rotation: Rotation | None
     to_logits: ToLogits
@@ -279,6 +281,7 @@ def _bind(index: int, method: Method, model: ModelInfo, processor: Any) -> Bound
         method=method,
         layers=attended,
         constants=method.resolve(model),
+        first_ids=first_ids(method.first_words(), method.name, processor),
         branches=tuple(_resolved(b, method.name, model, processor) for b in method.branches()),
         taps=taps,
         rotation=_rotation(method, model) if method.needs_rotation else None,

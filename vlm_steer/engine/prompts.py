@@ -20,6 +20,7 @@ from vlm_steer.errors import ConfigError, UnsupportedModelError
 __all__ = [
     "Edit",
     "edit_of",
+    "first_ids",
     "questions_in",
     "with_ids",
     "with_image_instruction",
@@ -58,6 +59,38 @@ def with_ids(branch: Branch, method: str, model: ModelInfo, processor: Any) -> B
     markers = {*model.special_token_ids, *getattr(tokenizer, "all_special_ids", ())}
     insertion = replace(insertion, text=ids, tail=tail, markers=tuple(sorted(markers)))
     return replace(branch, insert=insertion)
+
+
+def first_ids(
+    groups: Mapping[str, tuple[str, ...] | tuple[int, ...]], method: str, processor: Any
+) -> dict[str, tuple[int, ...]]:
+    """Token ids with which the words of each group begin, in no other group.
+
+    Raises:
+        ConfigError: There are words and no processor, or a group has no token of its own.
+    """
+    begins: dict[str, set[int]] = {}
+    tokenizer = _tokenizer(processor, to_vision=False)
+    for name, words in groups.items():
+        if tokenizer is None and any(isinstance(word, str) for word in words):
+            raise ConfigError(
+                f"{method} looks for the first tokens of {', '.join(map(str, words))}. Pass "
+                f"processor=... to steer() or attach(), or give the ids themselves ({name}_ids)."
+            )
+        forms = [f for word in words if isinstance(word, str) for f in (word, f" {word}")]
+        found = {_encode(form, method, tokenizer)[0] for form in forms}
+        begins[name] = found | {word for word in words if isinstance(word, int)}
+    own = {
+        name: ids - set().union(*(other for key, other in begins.items() if key != name))
+        for name, ids in begins.items()
+    }
+    for name, ids in own.items():
+        if not ids:
+            raise ConfigError(
+                f"{method}: the words for {name} ({', '.join(map(str, groups[name]))}) begin with "
+                "no token of their own. Use other words, or give token ids."
+            )
+    return {name: tuple(sorted(ids)) for name, ids in own.items()}
 
 
 def _tokenizer(processor: Any, *, to_vision: bool) -> Any:

@@ -371,6 +371,7 @@ def _combine(
             prepared=call.positive.prepared.get(bound.index),
             tapped=_tapped(bound, call.positive, streams) if bound.taps else {},
             to_logits=bound.to_logits,
+            first_ids=bound.first_ids,
         )
         new = bound.method.logits(current, at)
         kept = bound.method.plausible(at)

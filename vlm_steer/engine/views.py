@@ -322,6 +322,7 @@ class LogitsAt:
             ``hidden`` hook, ``[batch, taps, hidden]``; of the positive stream under ``None``, of
             this method's branches by name.
         to_logits: The model's own final norm and output head.
+        first_ids: Token ids with which the words of ``Method.first_words`` begin.
     """
 
     raw: Tensor
@@ -331,6 +332,7 @@ class LogitsAt:
     prepared: Any
     tapped: Mapping[str | None, Tensor] = field(default_factory=dict)
     to_logits: ToLogits = no_logits
+    first_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def early_logits(self, *, normed: bool = True, branch: str | None = None) -> Tensor:
         """Next-token logits read off the tapped layers, ``[batch, taps, vocabulary]`` float32.

@@ -17,6 +17,7 @@ from vlm_steer.functional.contrast import (
 )
 from vlm_steer.functional.controls import (
     move_to_columns,
+    shift_odds,
     shuffle_columns,
 )
 from vlm_steer.functional.fast import (
@@ -165,6 +166,7 @@ __all__ = [
     "segment_importance",
     "segment_lengths",
     "segment_shifts",
+    "shift_odds",
     "shuffle_columns",
     "sink_lifetimes",
     "sink_tokens",

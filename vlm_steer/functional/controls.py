@@ -1,11 +1,13 @@
-"""Changes of a given size in places that mean nothing, for sham controls."""
+"""Changes that mean nothing: of a given size in the wrong places, or the same for every image."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from vlm_steer.functional._numeric import safe_divide, upcast
 
-__all__ = ["move_to_columns", "shuffle_columns"]
+__all__ = ["move_to_columns", "shift_odds", "shuffle_columns"]
 
 
 def shuffle_columns(values: Tensor, columns: Tensor, seats: Tensor) -> Tensor:
@@ -54,3 +56,27 @@ def move_to_columns(weights: Tensor, columns: Tensor, mass: Tensor) -> Tensor:
     share = torch.where(held > 0, share, 0.0)
     target = safe_divide(kept, held, otherwise=0.0) * a.sum(dim=-1, keepdim=True)
     return (a + share * (target - a)).to(weights.dtype)
+
+
+def shift_odds(
+    logits: Tensor, raised: Sequence[int], lowered: Sequence[int], *, bias: float
+) -> Tensor:
+    """Moves the log-odds between two groups of tokens by a constant.
+
+    Half of the bias is added to the logits of one group and half taken off those of the other.
+
+    Args:
+        logits: `[..., vocabulary]` float.
+        raised: ids of the tokens that gain.
+        lowered: ids of those that lose; no id is in both.
+        bias: by how much `log p(raised) - log p(lowered)` grows; 0 is identity, bitwise.
+
+    Returns:
+        Logits, shape and dtype of `logits`.
+    """
+    if bias == 0:
+        return logits
+    shift = torch.zeros(logits.shape[-1], device=logits.device)
+    shift[list(raised)] = bias / 2
+    shift[list(lowered)] = -bias / 2
+    return (upcast(logits) + shift).to(logits.dtype)
