@@ -33,6 +33,22 @@ def tune(
     trials: Annotated[
         int | None, typer.Option("--trials", min=1, help="Settings to try, instead of the file's.")
     ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", min=2, help="Images to tune on, instead of the file's."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-new-tokens",
+            min=1,
+            help="Longest answer, instead of the file's.",
+            rich_help_panel="Model",
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Seed of everything, instead of the file's.")
+    ] = None,
     workers: Annotated[
         int, typer.Option("--workers", min=1, help="Processes on this machine.")
     ] = 1,
@@ -60,7 +76,8 @@ def tune(
         Request(
             file=file,
             output=output,
-            overrides={"model": model, "trials": trials},
+            overrides={"model": model, "trials": trials, "images": limit, "seed": seed},
+            max_new_tokens=max_new_tokens,
             loading=loading_options(dtype, device_map, quantization, revision, attn),
             batch_size=batch_size,
             n_resamples=resamples,

@@ -272,6 +272,15 @@ def test_two_workers_share_a_study_and_try_different_settings(tmp_path):
         assert len(other.trials()) == 6  # the four that are running count
 
 
+def test_a_setting_that_another_worker_is_trying_is_not_tried_beside_it(tmp_path):
+    choice = "{method: pai, gamma: 1.0, alpha: {choices: [0.2, 0.4]}}"
+    with study_in(tmp_path, method=choice) as one, study_in(tmp_path, method=choice) as other:
+        claims = [worker._claim() for worker in (one, other) * 3]
+        assert len([methods for _, methods in claims if methods]) == 2
+        refused = [t for t in one.trials() if REFUSED in t.user_attrs]
+        assert len(refused) == 4
+
+
 def test_hopeless_settings_are_given_up_early(tmp_path):
     goals = "objectives: {chair_i: min}\nconstraints: {recall: {at_least: baseline - 3}}"
     meter = FakeMeter()

@@ -29,7 +29,7 @@ from vlm_steer_eval.sources import (
 )
 from vlm_steer_eval.tasks import Item, Task
 
-__all__ = ["EMBEDDED", "Material", "Sources", "gather", "read_sources"]
+__all__ = ["EMBEDDED", "Material", "Sources", "gather", "limited", "read_sources"]
 
 EMBEDDED = "tiny"
 """The embedded scenes as data: `validation` to tune on, `broken` to confirm on."""
@@ -230,6 +230,16 @@ def _check(source: ChairData | PopeData, *, tuning: bool) -> None:
             f"{source.dataset_split!r} is a test split, and what is tuned on it cannot be tested "
             "on it. Name another split under data; this one may stand under held_out."
         )
+
+
+def limited(sources: Sources, max_new_tokens: int | None) -> Sources:
+    """The sources with another longest answer; None changes nothing."""
+    if max_new_tokens is None:
+        return sources
+    return {
+        name: dataclasses.replace(source, max_new_tokens=max_new_tokens)
+        for name, source in sources.items()
+    }
 
 
 def gather(

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from vlm_steer_eval.fingerprint import model_fingerprint, versions
 from vlm_steer_eval.genlog import content_key
 from vlm_steer_eval.tables import render
 
-from .data import Material, gather
+from .data import Material, gather, limited
 from .measure import Meter, Score, judged
 from .outcome import choose, confirm, confirmed, describe
 from .plan import Plan, read_plan
@@ -40,6 +40,7 @@ class Request:
         file: the tuning file.
         output: folder of the study.
         overrides: options to use instead of those of the file, where not None.
+        max_new_tokens: longest answer of every benchmark; None for those of the file.
         loading: keyword arguments of `vlm_steer.loading.load_model`.
         batch_size: items per batch, > 0.
         n_resamples: resamples of the intervals, > 0.
@@ -51,6 +52,7 @@ class Request:
     file: Path
     output: Path
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    max_new_tokens: int | None = None
     loading: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 32
     n_resamples: int = 10_000
@@ -97,7 +99,7 @@ def tune(request: Request, tell: Callable[[str], None] = lambda _: None) -> Outc
     plan = read_plan(request.file, **request.overrides)
     options = plan.options
     material = gather(
-        plan.tuning,
+        limited(plan.tuning, request.max_new_tokens),
         plan.held_out,
         n_images=options.images,
         n_held_out=options.held_out_images,
@@ -272,13 +274,15 @@ def _helpers(request: Request) -> Iterator[None]:
         helper.start()
     try:
         yield
+    except BaseException:
+        for helper in helpers:
+            helper.terminate()
+        raise
     finally:
         for helper in helpers:
             helper.join()
 
 
 def _help(request: Request, threads: int) -> None:
-    from dataclasses import replace
-
     torch.set_num_threads(threads)
     tune(replace(request, workers=1, join=True))

@@ -197,7 +197,11 @@ class TuningStudy:
                 except ConfigError as error:
                     self._refuse(trial, error)
                     return trial, ()
-            trial.set_user_attr("setting", setting_key(methods))
+            setting = setting_key(methods)
+            if any(t.user_attrs.get("setting") == setting for t in self._running()):
+                self._refuse(trial, "another worker is trying the same setting")
+                return trial, ()
+            trial.set_user_attr("setting", setting)
             return trial, methods
 
     def _try(self, trial: Any, methods: tuple[Method, ...], meter: Meter, baseline: Score) -> None:
@@ -247,8 +251,8 @@ class TuningStudy:
         )
         return values
 
-    def _refuse(self, trial: Any, error: Exception) -> None:
-        trial.set_user_attr(REFUSED, str(error))
+    def _refuse(self, trial: Any, reason: object) -> None:
+        trial.set_user_attr(REFUSED, str(reason))
         self._tell(trial, state=self.optuna.trial.TrialState.FAIL)
 
     def _tell(self, trial: Any, **outcome: Any) -> None:
