@@ -20,7 +20,7 @@ tune:
   held_out:
     chair: {scenes: broken, max_new_tokens: 12}
   objectives: {chair_i: min, recall: max, cost: min}
-  constraints: {recall: {at_least: baseline - 50}}
+  constraints: {recall: {at_least: baseline - 50}, passes: {at_most: 1.5}}
   trials: 2
   images: 2
   held_out_images: 2
@@ -61,7 +61,8 @@ def test_the_confirmation_is_printed_whatever_it_says(finished):
     assert summary["n_trials"] == 2
     assert {"value", "ci95", "p"} <= summary["held_out"]["chair_i"]["difference"].keys()
     assert summary["held_out"]["cost"]["value"] > 0
-    assert (out / "confirm" / "chair" / "report.html").is_file()
+    assert summary["held_out"]["passes"]["value"] == pytest.approx(1.0, abs=0.3)
+    assert "The front of 2 trials" in (out / "report.html").read_text()
 
 
 def test_a_finished_study_generates_nothing_again(finished):

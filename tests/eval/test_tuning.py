@@ -57,7 +57,7 @@ class FakeMeter:
             wrong, right = 20 - round(15 * alpha) + image % 3, 50 - round(30 * alpha**3)
             counts = [1, 1, wrong + right, wrong, right, 60, wrong + right, 90]
             score.counts.setdefault("chair", {})[f"{image:02}"] = counts
-        score.seconds_per_token = 1.0 + alpha
+        score.spent = {"cost": 1.0 + alpha, "passes": 2.0}
 
     def whole(self, methods=()):
         score = Score()
@@ -153,7 +153,7 @@ def test_bounds_are_numbers_or_follow_the_baseline():
         ("objectives: {chairi: min}", "unknown objective 'chairi'. Did you mean 'chair_i'"),
         ("objectives: {recall: min}", "min would search for what is worse. Write max"),
         ("objectives: {recall: up}", "recall must be min or max"),
-        ("objectives: {cost: min}", "cost alone"),
+        ("objectives: {cost: min}", "costs alone"),
         (f"{AIM}\nconstraints: {{recall: 70}}", "such as {at_least: baseline - 2}"),
         (f"{AIM}\nconstraints: {{recall: {{at_least: basline - 2}}}}", "the bound of recall"),
         (f"{AIM}\nconstraints: {{length: {{below: 3}}}}", "the constraint on length"),

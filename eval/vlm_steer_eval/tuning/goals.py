@@ -10,7 +10,7 @@ from vlm_steer._yaml import Place
 from vlm_steer.registry import did_you_mean
 from vlm_steer_eval.benchmarks import BENCHMARKS
 
-__all__ = ["COST", "METRICS", "Constraint", "Goals", "Metric", "Objective", "read_goals"]
+__all__ = ["COSTS", "METRICS", "Constraint", "Goals", "Metric", "Objective", "read_goals"]
 
 Direction = Literal["min", "max"]
 
@@ -22,7 +22,7 @@ class Metric:
     """Something that a study can ask for.
 
     Attributes:
-        benchmark: whose counts it is a formula of; empty for the cost.
+        benchmark: whose counts it is a formula of; empty for costs.
         formula: its name there.
         scale: what turns the formula's value into the unit that is written and shown: 100 for
             fractions, shown in percent.
@@ -53,12 +53,14 @@ METRICS = MappingProxyType(
         "pope_recall": _metric("pope", "recall"),
         "pope_f1": _metric("pope", "f1"),
         "pope_yes_ratio": _metric("pope", "yes_ratio"),
-        "cost": Metric("", "cost", 1.0, "min"),
+        "cost": Metric("", "seconds", 1.0, "min"),
+        "passes": Metric("", "passes", 1.0, "min"),
     }
 )
-"""Fractions in percent, the length in words; the cost is time per token relative to no steering."""
+"""Fractions in percent, the length in words, costs per token and relative to no steering."""
 
-COST = "cost"
+COSTS = tuple(name for name, metric in METRICS.items() if not metric.benchmark)
+"""Metrics of generating rather than of answers; they have no interval."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def read_goals(
     goals = Goals(wanted, bounds)
     if not goals.benchmarks:
         raise place["objectives"].error(
-            "cost alone says nothing about answers. Add an objective or a constraint on them."
+            "costs alone say nothing about answers. Add an objective or a constraint on them."
         )
     return goals
 

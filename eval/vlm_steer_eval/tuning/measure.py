@@ -15,18 +15,20 @@ from vlm_steer_eval.generation import Settings
 from vlm_steer_eval.metrics import compare, summarise
 from vlm_steer_eval.resampling import cluster_totals
 from vlm_steer_eval.runner import run_arms
-from vlm_steer_eval.runs import read_costs
+from vlm_steer_eval.runs import Cost, read_costs
 from vlm_steer_eval.tasks import Task
 
 from .data import Material
-from .goals import COST, METRICS, Goals
+from .goals import COSTS, METRICS, Goals
 
 __all__ = [
     "Counts",
     "Meter",
     "Score",
+    "cost_ratio",
     "difference",
     "judged",
+    "per_token",
     "restricted",
     "setting_key",
     "summary",
@@ -44,17 +46,17 @@ class Score:
 
     Attributes:
         counts: what the metrics are computed from.
-        seconds_per_token: what generating took; None before the first answer.
+        spent: cost -> what generating took per token; None where it is not known.
         notes: what the steering had to say.
     """
 
     counts: Counts = field(default_factory=dict)
-    seconds_per_token: float | None = None
+    spent: dict[str, float | None] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
-        return {"counts": self.counts, "seconds_per_token": self.seconds_per_token}
+        return {"counts": self.counts, "spent": self.spent}
 
 
 class Meter:
@@ -105,14 +107,11 @@ class Meter:
         """
         folder = self._folder / setting_key(methods)
         arm = Arm(_TUNED if methods else BASELINE, tuple(methods))
-        seconds, tokens = 0.0, 0
         for name, parts in self.material.parts.items():
             for task in parts[part : part + 1]:
                 score.counts.setdefault(name, {}).update(self._run(score, arm, name, task, folder))
-            spent = read_costs([folder / name / "timings.jsonl"]).get(arm.name)
-            seconds += spent.seconds if spent else 0.0
-            tokens += spent.tokens if spent else 0
-        score.seconds_per_token = seconds / tokens if tokens else None
+        logs = [log for name in self.material.parts for log in (folder / name).glob("timings*")]
+        score.spent = per_token(read_costs(logs).get(arm.name))
 
     def whole(self, methods: Sequence[Method]) -> Score:
         """Measure a setting on all parts."""
@@ -144,6 +143,17 @@ class Meter:
         return dict(zip(sorted(set(clusters)), totals, strict=True))
 
 
+def per_token(cost: Cost | None) -> dict[str, float | None]:
+    """What a token cost, by the names of the goals."""
+    if cost is None or not cost.tokens:
+        return dict.fromkeys(COSTS)
+    spent: dict[str, float | None] = {}
+    for name in COSTS:
+        total = getattr(cost, METRICS[name].formula)
+        spent[name] = None if total is None else total / cost.tokens
+    return spent
+
+
 def setting_key(methods: Sequence[Method]) -> str:
     """A short name of a setting for folders; equal settings have equal names."""
     if not methods:
@@ -154,12 +164,17 @@ def setting_key(methods: Sequence[Method]) -> str:
 
 def _value(metric: str, score: Score, baseline: Score) -> float | None:
     """A metric in its unit; None where it is undefined."""
-    if metric == COST:
-        own, other = score.seconds_per_token, baseline.seconds_per_token
-        return own / other if own and other else None
+    if metric in COSTS:
+        return cost_ratio(metric, score, baseline)
     known = METRICS[metric]
     found = summary(metric, score, n_resamples=1)["value"]
     return None if found is None else known.scale * found
+
+
+def cost_ratio(metric: str, score: Score, baseline: Score) -> float | None:
+    """A cost relative to the baseline's; None where either is unknown."""
+    own, other = score.spent.get(metric), baseline.spent.get(metric)
+    return own / other if own and other else None
 
 
 def summary(metric: str, score: Score, *, n_resamples: int = 10_000) -> dict[str, Any]:
@@ -193,7 +208,7 @@ def restricted(score: Score, like: Score) -> Score:
         name: {image: score.counts[name][image] for image in images}
         for name, images in like.counts.items()
     }
-    return Score(counts, score.seconds_per_token)
+    return Score(counts, score.spent)
 
 
 def judged(goals: Goals, score: Score, baseline: Score) -> dict[str, float | None]:

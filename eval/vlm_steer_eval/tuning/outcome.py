@@ -6,11 +6,12 @@ from typing import Any
 
 from vlm_steer.engine.hooks import Method
 from vlm_steer.errors import ConfigError, DataError
+from vlm_steer_eval.arms import BASELINE
 from vlm_steer_eval.pipeline import Evaluation, run_benchmark
 from vlm_steer_eval.runs import read_costs
 
-from .goals import COST, METRICS, Goals
-from .measure import Meter, Score, difference, summary
+from .goals import COSTS, METRICS, Goals
+from .measure import Meter, Score, cost_ratio, difference, per_token, summary
 from .plan import COMPROMISE
 from .study import TuningStudy
 
@@ -24,13 +25,12 @@ def describe(
 ) -> dict[str, dict[str, Any]]:
     """Metric -> value and paired difference to the baseline, with intervals, in the metric's unit.
 
-    The cost is a ratio of times and has no interval.
+    Costs are ratios without an interval.
     """
     entries: dict[str, dict[str, Any]] = {}
     for name in goals.metrics:
-        if name == COST:
-            own, base = score.seconds_per_token, baseline.seconds_per_token
-            ratio = own / base if own and base else None
+        if name in COSTS:
+            ratio = cost_ratio(name, score, baseline)
             entries[name] = {"value": ratio, "ci95": None, "difference": None}
             continue
         scale = METRICS[name].scale
@@ -114,10 +114,15 @@ def confirmed(
 ) -> dict[str, dict[str, Any]]:
     """Metric -> held-out value, paired difference and p, in the metric's unit."""
     entries: dict[str, dict[str, Any]] = {}
+    costs = read_costs(
+        [path for name in evaluations for path in (folder / name).glob("timings*.jsonl")]
+    )
+    tuned, unsteered = (Score({}, per_token(costs.get(arm))) for arm in (_TUNED, BASELINE))
     for name in goals.metrics:
         metric = METRICS[name]
-        if name == COST:
-            entries[name] = {"value": _cost(evaluations, folder), "ci95": None, "difference": None}
+        if name in COSTS:
+            ratio = cost_ratio(name, tuned, unsteered)
+            entries[name] = {"value": ratio, "ci95": None, "difference": None}
             continue
         scores = evaluations[metric.benchmark].summary
         part = list(scores["arms"][_TUNED])[-1]
@@ -127,17 +132,6 @@ def confirmed(
             "difference": {**_scaled(found, metric.scale), "p": found["p"]},
         }
     return entries
-
-
-def _cost(evaluations: Mapping[str, Evaluation], folder: Path) -> float | None:
-    seconds, tokens = {_TUNED: 0.0, "none": 0.0}, {_TUNED: 0, "none": 0}
-    for name in evaluations:
-        for arm, spent in read_costs([folder / name / "timings.jsonl"]).items():
-            seconds[arm] += spent.seconds
-            tokens[arm] += spent.tokens
-    if not all(tokens.values()) or not seconds["none"]:
-        return None
-    return (seconds[_TUNED] / tokens[_TUNED]) / (seconds["none"] / tokens["none"])
 
 
 def _scaled(entry: Mapping[str, Any], scale: float) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import vlm_steer
 from vlm_steer.config import dump
 from vlm_steer.errors import ConfigError, SteerError
 from vlm_steer.loading import load_model
+from vlm_steer.report import Report, render_html
 from vlm_steer_eval.files import write_json, write_rows, write_text
 from vlm_steer_eval.fingerprint import model_fingerprint, versions
 from vlm_steer_eval.genlog import content_key
@@ -24,7 +25,7 @@ from .measure import Meter, Score, judged
 from .outcome import choose, confirm, confirmed, describe
 from .plan import Plan, read_plan
 from .study import TuningStudy, require_optuna, score_of
-from .telling import front_table, provenance, spoken, trial_row, verdict, write_winner
+from .telling import front_blocks, front_table, provenance, spoken, trial_row, verdict, write_winner
 
 __all__ = ["Outcome", "Request", "tune"]
 
@@ -81,7 +82,7 @@ def tune(request: Request, tell: Callable[[str], None] = lambda _: None) -> Outc
 
     The folder holds `journal.log` and `study.json` (the study, which the same call continues),
     `answers/` (a log per setting), `trials.jsonl`, `confirm/` (the held-out run, as `vlm-steer
-    eval` writes it), `tune.json`, `table.txt` and `best.yaml`.
+    eval` writes it), `tune.json`, `table.txt`, `report.html` and `best.yaml`.
 
     Args:
         request: what to do.
@@ -168,14 +169,11 @@ def _conclude(
     tell(f"trial {chosen.number} is chosen; confirming it on images that no trial has seen")
     evaluations = confirm(meter, methods, folder / "confirm", seed=plan.options.seed, **resampling)
     held_out = confirmed(goals, evaluations, folder / "confirm")
-    table = front_table(
-        goals,
-        [
-            ("no steering", {name: {**e, "difference": None} for name, e in unsteered.items()}),
-            *((_label(number, shown[number], chosen), e) for number, e in entries.items()),
-        ],
-        f"The front of {len(trials)} trials, on the images that were tuned on",
-    )
+    rows = [
+        ("no steering", {name: {**e, "difference": None} for name, e in unsteered.items()}),
+        *((_label(number, shown[number], chosen), e) for number, e in entries.items()),
+    ]
+    title = f"The front of {len(trials)} trials, on the images that were tuned on"
     said = verdict(goals, held_out)
     winner = folder / WINNER_NAME
     write_winner(
@@ -189,8 +187,13 @@ def _conclude(
             *(f"  {line}" for line in said),
         ],
     )
+    blocks = front_blocks(goals, rows, title, said)
+    for evaluation in evaluations.values():
+        blocks += evaluation.blocks
+    page = Report(f"Tuning of {plan.options.model}", plan.path.name, blocks)
+    write_text(folder / "report.html", render_html(page))
     text = render(
-        table,
+        front_table(goals, rows, title),
         "",
         *(evaluation.table for evaluation in evaluations.values()),
         f"Held-out images, trial {chosen.number} against no steering:",

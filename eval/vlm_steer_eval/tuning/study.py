@@ -15,7 +15,7 @@ from vlm_steer.engine.hooks import Method
 from vlm_steer.errors import CompositionError, ConfigError, DataError, UnsupportedModelError
 from vlm_steer_eval.files import read_json, reporting_write_errors, write_json
 
-from .goals import COST, Goals
+from .goals import COSTS, METRICS, Goals
 from .measure import Meter, Score, difference, judged, restricted, setting_key, summary
 from .space import Space
 
@@ -285,7 +285,7 @@ class TuningStudy:
             return "worse than the median of the trials before" if trial.should_prune() else None
 
     def _surely_violated(self, constraint: Any, score: Score, base: Score) -> bool:
-        if constraint.metric == COST:
+        if constraint.metric in COSTS:
             return False
         found = (
             difference(constraint.metric, score, base, n_resamples=_QUICK_RESAMPLES)
@@ -295,14 +295,14 @@ class TuningStudy:
         before = judged(self.goals, base, base)[constraint.metric]
         if found["ci95"] is None or before is None:
             return False
-        scale = 1.0 if constraint.metric == "length" else 100.0
+        scale = METRICS[constraint.metric].scale
         shift = before if constraint.operator else 0.0
         return all(constraint.violation(shift + scale * end, before) > 0 for end in found["ci95"])
 
     def _surely_beaten(self, score: Score, other: Score) -> bool:
         for objective in self.goals.objectives:
-            if objective.metric == COST:
-                own, rival = score.seconds_per_token, other.seconds_per_token
+            if objective.metric in COSTS:
+                own, rival = (each.spent.get(objective.metric) for each in (score, other))
                 if not own or not rival or own <= rival:
                     return False
                 continue
@@ -410,7 +410,7 @@ def _beats(first: Sequence[float], second: Sequence[float]) -> bool:
 def score_of(trial: Any) -> Score:
     """What a trial measured."""
     stored = trial.user_attrs["score"]
-    return Score(stored["counts"], stored["seconds_per_token"], trial.user_attrs["notes"])
+    return Score(stored["counts"], stored["spent"], trial.user_attrs["notes"])
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 from ruamel.yaml import YAML
 
+from vlm_steer import report
 from vlm_steer.config import dump, resolve
 from vlm_steer.engine.hooks import Method
 from vlm_steer.errors import DataError
@@ -16,7 +17,15 @@ from vlm_steer_eval.files import write_text
 from .goals import Goals
 from .plan import Plan
 
-__all__ = ["front_table", "provenance", "spoken", "trial_row", "verdict", "write_winner"]
+__all__ = [
+    "front_blocks",
+    "front_table",
+    "provenance",
+    "spoken",
+    "trial_row",
+    "verdict",
+    "write_winner",
+]
 
 
 def verdict(goals: Goals, held_out: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -42,17 +51,46 @@ def verdict(goals: Goals, held_out: Mapping[str, Mapping[str, Any]]) -> list[str
 def front_table(goals: Goals, rows: Sequence[tuple[str, Mapping[str, Any]]], title: str) -> Table:
     """A table of settings: values with intervals, and differences to the unsteered model."""
     table = Table(title=title, title_justify="left")
-    table.add_column("setting")
-    for name in goals.metrics:
-        table.add_column(name, justify="right")
-        table.add_column(f"Δ {name} [95 %]", justify="right")
-    for label, entries in rows:
-        cells = []
-        for name in goals.metrics:
-            change = entries[name]["difference"]
-            cells += [_text(entries[name]), _signed(change) if change else ""]
-        table.add_row(label, *cells)
+    for name in _columns(goals):
+        table.add_column(name, justify="left" if name == "setting" else "right")
+    for row in rows:
+        table.add_row(*_cells(goals, *row))
     return table
+
+
+def front_blocks(
+    goals: Goals, rows: Sequence[tuple[str, Mapping[str, Any]]], title: str, said: Sequence[str]
+) -> list[report.Block]:
+    """The same for a page, with a chart of the intervals, and what the held-out run says."""
+    panels = {
+        name: [
+            report.Estimate(label.partition(":")[0], entries[name]["value"], *entries[name]["ci95"])
+            for label, entries in rows
+        ]
+        for name in goals.metrics
+        if all(entries[name]["ci95"] is not None for _, entries in rows)
+    }
+    blocks: list[report.Block] = [
+        report.Paragraphs("Held-out images, the chosen setting against no steering", said),
+        report.Table(title, _columns(goals), [_cells(goals, *row) for row in rows]),
+    ]
+    if panels:
+        note = "95 % intervals that resample images; the chosen trial is starred."
+        blocks.append(report.Chart(title, report.interval_chart(panels), note))
+    return blocks
+
+
+def _columns(goals: Goals) -> list[str]:
+    pairs = [(name, f"Δ {name} [95 %]") for name in goals.metrics]
+    return ["setting", *(column for pair in pairs for column in pair)]
+
+
+def _cells(goals: Goals, label: str, entries: Mapping[str, Any]) -> list[str]:
+    cells = [label]
+    for name in goals.metrics:
+        change = entries[name]["difference"]
+        cells += [_text(entries[name]), _signed(change) if change else ""]
+    return cells
 
 
 def write_winner(path: Path, methods: tuple[Method, ...], lines: Sequence[str]) -> None:
