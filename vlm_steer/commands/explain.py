@@ -20,6 +20,8 @@ from vlm_steer.commands.options import (
 from vlm_steer.errors import ConfigError
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from vlm_steer.explanation import ExplainResult
 
 __all__ = ["register"]
@@ -68,6 +70,10 @@ def explain(
             "--checks", min=0, help="How many of the riskiest words to check by knockout."
         ),
     ] = 6,
+    check: Annotated[
+        list[str] | None,
+        typer.Option("--check", help="Check this word instead of the riskiest. Repeatable."),
+    ] = None,
     check_share: Annotated[
         float, typer.Option("--check-share", help="Image tokens that a check cuts off, a fraction.")
     ] = 0.1,
@@ -96,6 +102,7 @@ def explain(
 
     from vlm_steer.commands.generate import Decoding
     from vlm_steer.explanation import explain as run
+    from vlm_steer.generation import halving
     from vlm_steer.loading import load_model
 
     loaded, processor = load_model(
@@ -106,19 +113,28 @@ def explain(
         revision=revision,
         attn=attn,
     )
-    result = run(
-        loaded,
-        processor,
-        picture,
-        prompt,
-        methods=methods or None,
-        detectors=tuple(detector or ["logprob"]),
-        checks=checks,
-        check_share=check_share,
-        seed=seed,
-        provenance={"weights": model, "file": image.name},
-        **Decoding(max_new_tokens, num_beams, temperature, seed).options(),
-    )
+    decoding = Decoding(max_new_tokens, num_beams, temperature, seed)
+
+    def work(pictures: Sequence["Image.Image"]) -> list["ExplainResult"]:
+        return [
+            run(
+                loaded,
+                processor,
+                picture,
+                prompt,
+                methods=methods or None,
+                detectors=tuple(detector or ["logprob"]),
+                checks=check or checks,
+                check_share=check_share,
+                seed=seed,
+                provenance={"weights": model, "file": image.name},
+                **decoding.options(),
+            )
+            for picture in pictures
+        ]
+
+    # A single item cannot be halved; this only words the error when memory runs out.
+    ((result,), _) = halving(work, [picture], 1, lambda _: None)
     if html is not None:
         result.to_html(html)
     if output is not None:

@@ -3,10 +3,11 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]  # ships no types
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from vlm_steer.detection._inputs import with_answers
@@ -76,7 +77,8 @@ def check_words(
     open_tokens = is_open.nonzero().flatten()
     count = max(1, min(round(share * len(open_tokens)), len(open_tokens) // 2))
     checks = []
-    for word, weights in zip(words, attention, strict=True):
+    progress = tqdm(words, desc="knockout checks", unit="word", disable=None)
+    for word, weights in zip(progress, attention, strict=True):
         order = open_tokens[weights[open_tokens].argsort(descending=True)]
         cells, rest = order[:count], order[count:]
         others = rest[torch.randperm(len(rest), generator=generator)[:count]]
@@ -138,9 +140,18 @@ def dictated(
     return without
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Cut(Knockout):
+    """A knockout under a name of its own, so that it goes together with one of the user's."""
+
+    name: ClassVar[str] = "knockout_check"
+
+
 def _cut(image_tokens: Sequence[int]) -> Method:
-    return Knockout(
-        queries=("system", "image", "instruction", "generated"), image_tokens=tuple(image_tokens)
+    return _Cut(
+        queries=("system", "image", "instruction", "generated"),
+        image_tokens=tuple(image_tokens),
+        scope="all",
     )
 
 

@@ -2,10 +2,11 @@
 
 import hashlib
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 import transformers
@@ -20,7 +21,7 @@ from vlm_steer.engine.geometry import Places, place_tokens
 from vlm_steer.engine.hooks import Method
 from vlm_steer.engine.model import inspect_model
 from vlm_steer.engine.selectors import Selector
-from vlm_steer.errors import ConfigError, UnsupportedModelError
+from vlm_steer.errors import ConfigError, SteerWarning, UnsupportedModelError
 from vlm_steer.explanation.checks import LogprobsWithout, check_words, dictated, read_again
 from vlm_steer.explanation.result import Arm, ExplainResult
 from vlm_steer.explanation.risk import (
@@ -36,6 +37,10 @@ from vlm_steer.images import open_image
 
 __all__ = ["explain"]
 
+Checks: TypeAlias = int | Literal["all"] | Sequence[str]
+
+_SHORT = 3
+
 
 def explain(
     model: Any,
@@ -45,7 +50,7 @@ def explain(
     *,
     methods: Any = None,
     detectors: Sequence[DetectorLike] = ("logprob",),
-    checks: int | Literal["all"] = 6,
+    checks: Checks = 6,
     check_share: float = 0.1,
     map_layers: Selector = "all",
     seed: int = 0,
@@ -66,8 +71,9 @@ def explain(
         methods: What to steer with, see ``vlm_steer.steer``; the unsteered answer comes along.
         detectors: Which risks to compute for every word: names, folders of fitted detectors, or
             detectors. The risk by the place alone comes along.
-        checks: How many words of each answer to check, the riskiest by the first detector, or
-            ``all``. Each costs two more generations up to the word.
+        checks: How many words of each answer to check, ``all``, or which ones by their text. A
+            number takes the riskiest by the first detector, words of up to three letters last.
+            Each costs two passes, or two generations up to the word where there is steering.
         check_share: How many image tokens a check cuts off, as a fraction in (0, 0.5].
         map_layers: Decoder layers whose attention over the image is kept; all of them take
             ``tokens x layers x heads x image tokens`` floats of memory.
@@ -130,6 +136,7 @@ def explain(
             )
             arm = _checked(arm, without, checks, check_share, seed)
         arms.append(arm)
+    _warn_of_absent(checks, arms)
     return ExplainResult(
         image=picture,
         prompt=prompt,
@@ -157,13 +164,28 @@ def explain(
     )
 
 
-def _check_options(checks: int | str, share: float, options: Mapping[str, Any]) -> None:
-    if checks != "all" and (not isinstance(checks, int) or checks < 0):
-        raise ConfigError(f"checks is {checks!r}; give how many words to check, or 'all'.")
+def _check_options(checks: Checks, share: float, options: Mapping[str, Any]) -> None:
+    if (isinstance(checks, int) and checks < 0) or (isinstance(checks, str) and checks != "all"):
+        raise ConfigError(
+            f"checks is {checks!r}; give how many words to check, a list of words, or 'all'."
+        )
     if not 0 < share <= 0.5:
         raise ConfigError(f"check_share is {share}; it must lie in (0, 0.5].")
     if options.get("num_return_sequences", 1) != 1:
         raise ConfigError("num_return_sequences is not 1; an explanation is about one answer.")
+
+
+def _warn_of_absent(checks: Checks, arms: Sequence[Arm]) -> None:
+    if isinstance(checks, int | str):
+        return
+    said = {word.text.casefold() for arm in arms for word in arm.words}
+    absent = [word for word in checks if word.casefold() not in said]
+    if absent:
+        warnings.warn(
+            f"no answer has the word {', '.join(map(repr, absent))}, so it was not checked.",
+            SteerWarning,
+            stacklevel=3,
+        )
 
 
 def _prepared(processor: Any, prompt: str, picture: Image.Image) -> Any:
@@ -214,12 +236,12 @@ def _trace(
 def _checked(
     arm: Arm,
     without: LogprobsWithout,
-    checks: int | Literal["all"],
+    checks: Checks,
     share: float,
     seed: int,
 ) -> Arm:
-    """The arm with its riskiest words checked."""
-    numbers = _riskiest(arm, checks)
+    """The arm with some of its words checked."""
+    numbers = _to_check(arm, checks)
     found = check_words(
         without,
         arm.trace.logprob,
@@ -232,11 +254,17 @@ def _checked(
     return replace(arm, checks=dict(zip(numbers, found, strict=True)))
 
 
-def _riskiest(arm: Arm, checks: int | Literal["all"]) -> list[int]:
+def _to_check(arm: Arm, checks: Checks) -> list[int]:
     """Numbers of the words to check, in order of the text."""
+    numbers = range(len(arm.words))
+    if checks == "all":
+        return list(numbers)
+    if not isinstance(checks, int):
+        wanted = {word.casefold() for word in checks}
+        return [number for number in numbers if arm.words[number].text.casefold() in wanted]
     risk = next(iter(arm.risk.values()), arm.position)
-    order = sorted(range(len(arm.words)), key=lambda number: -risk[number])
-    return sorted(order if checks == "all" else order[:checks])
+    is_short = [len(word.text) <= _SHORT for word in arm.words]
+    return sorted(sorted(numbers, key=lambda n: (is_short[n], -risk[n]))[:checks])
 
 
 def _digest(picture: Image.Image) -> str:

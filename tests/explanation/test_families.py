@@ -1,0 +1,80 @@
+"""Families with every kind of geometry, explained through and through."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import BatchFeature
+
+import vlm_steer
+from tests.families import zoo
+
+PICTURE = Image.linear_gradient("L").resize((60, 44)).convert("RGB")
+
+
+class Processor:
+    """What a processor does, for a family whose tokens have no text of their own."""
+
+    chat_template = None
+    image_token = ""
+
+    def __init__(self, family: zoo.Family):
+        self.family = family
+
+    def __call__(
+        self, images: Sequence[Sequence[Image.Image]], text: Sequence[str], **_: Any
+    ) -> BatchFeature:
+        recipe = self.family.recipe
+        blocks, tensors = recipe.look(list(images[0]))
+        image = [token for block in blocks for token in block]
+        words = [zoo.FIRST_TEXT + len(word) for word in text[0].split()]
+        ids = torch.tensor([[zoo.BOS, *image, *words]])
+        row = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **tensors}
+        return BatchFeature(row | recipe.companions(ids[0], tensors))
+
+    def decode(self, ids: Sequence[int], **_: Any) -> str:
+        return " ".join(f"t{token}" for token in ids)
+
+    @property
+    def tokenizer(self) -> "Processor":
+        return self
+
+
+def explained(name: str) -> vlm_steer.explanation.ExplainResult:
+    family = zoo.load(name)
+    return vlm_steer.explain(
+        family.model,
+        Processor(family),
+        PICTURE,
+        "what is here",
+        methods={"method": "knockout", "queries": ["instruction"], "keys": ["instruction"]},
+        detectors=("entropy",),
+        checks=1,
+        max_new_tokens=4,
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["llava_next", "qwen2_5_vl", "internvl", "idefics3", "gemma3", "mistral3"]
+)
+def test_every_kind_of_geometry_gets_heat_maps_and_checks(name: str) -> None:
+    result = explained(name)
+    for number, word in enumerate(result.words):
+        heat = result.heatmap(number, sinks=True)
+        assert heat.shape == (44, 60)
+        seen = result.arm.attention(word.tokens, sinks=True)[result.places.has_place]
+        assert float(heat.sum()) == pytest.approx(float(seen.sum()), rel=1e-4)
+    for arm in result.arms:
+        (check,) = arm.checks.values()
+        assert check.without_image != check.logprob
+
+
+@pytest.mark.parametrize(("name", "reason"), [("instructblip", "learned queries"), ("mllama", "")])
+def test_families_without_places_are_explained_without_heat_maps(name: str, reason: str) -> None:
+    result = explained(name)
+    assert result.places is None
+    assert reason in result.why_no_map
+    assert result.head_map(0).shape == (zoo.LAYERS, zoo.HEADS)
+    assert "There is no heat map" in result.to_html()
