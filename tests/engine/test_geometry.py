@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from tests.families import zoo
-from vlm_steer.engine.geometry import Places, place_tokens
+from vlm_steer.engine.geometry import Places, _View, place_tokens
 from vlm_steer.engine.model import inspect_model
 from vlm_steer.errors import UnsupportedModelError
 
@@ -68,6 +68,8 @@ CASES = {
     "merged patches": Case("qwen2_vl", "patches"),
     "merged patches in windows": Case("qwen2_5_vl", "patches"),
     "patches as pictures": Case("kimi_k25", "patches"),
+    "pooled lines of patches": Case("lfm2_vl", "lines 2"),
+    "patches with places": Case("gemma4", "lines 2"),
 }
 
 
@@ -96,6 +98,9 @@ def sums(case: str, inputs: zoo.Inputs, pixels: Tensor) -> Tensor:
     if kind == "" and number == "patches":
         grid = inputs["image_grid_thw"].prod().item()
         return pixels.reshape(grid // 4, -1).sum(dim=1)
+    if kind == "lines":
+        cells = pixels[0].sum(dim=1).reshape(1, 1, 4, 4)
+        return torch.nn.functional.avg_pool2d(cells, 4 // int(number)).flatten()
     pixels = pixels.reshape(-1, *pixels.shape[-3:]).sum(dim=1)
     side = 4 if number == "packed" else int(number)
     if kind == "cells of":
@@ -122,7 +127,7 @@ def picture(size: tuple[int, int], square: tuple[int, int, int, int] | None) -> 
 
 
 @pytest.mark.parametrize("case", CASES)
-@settings(max_examples=5)
+@settings(max_examples=4)
 @given(data=st.data())
 def test_a_bright_square_lies_in_the_boxes_of_the_tokens_that_see_it(
     case: str, data: st.DataObject
@@ -192,7 +197,7 @@ def test_newlines_between_tiles_have_no_place() -> None:
     [
         ("instructblip", "learned queries"),
         ("mllama", "cross-attention"),
-        ("fuyu", "no fixed grid"),
+        ("hunyuan_vl", "newline"),
     ],
 )
 def test_models_whose_tokens_have_no_place_say_why(name: str, reason: str) -> None:
@@ -201,6 +206,33 @@ def test_models_whose_tokens_have_no_place_say_why(name: str, reason: str) -> No
         place_tokens(
             inspect_model(family.model), functools.partial(prepare, family.recipe.look), (48, 32)
         )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("CLIP", "Ernie4_5_VLMoe", "GlmImage", "Glm5Next", "Janus"),
+        *("Mllama", "Ovis2", "PaddleOCRVL", "Pixtral", "Siglip2", "VideoLlama3"),
+    ],
+)
+def test_every_value_shows_the_point_that_is_said_of_it(name: str) -> None:
+    """With the processors as they come, whatever shape they return."""
+    process = zoo.processor(f"{name}ImageProcessorPil")
+    size, square, blur = (150, 100), (60, 30, 110, 80), 4
+    view = _View.of(process, size)
+    low, seen, high = (
+        process(picture(size, box))["pixel_values"].double()
+        for box in (None, square, (0, 0, *size))
+    )
+    is_bright = (seen - low) / (high - low).where(view.is_inside, torch.ones(())) > 0.5
+    edges = [
+        *(view.x - square[0], square[2] - view.x),
+        *(view.y - square[1], square[3] - view.y),
+    ]
+    depth = torch.stack(edges).amin(dim=0)
+    assert is_bright[view.is_inside & (depth > blur)].all()
+    assert not is_bright[view.is_inside & (depth < -blur)].any()
+    assert (view.is_inside & (depth > blur)).any()
 
 
 def test_the_embedded_model_is_placed_through_its_own_processor() -> None:

@@ -153,8 +153,10 @@ def _grey(shade: Any) -> Image.Image:
 def _grid_boxes(geometry: Geometry, view: _View, count: int) -> Tensor:
     """``[count, 4]`` boxes of tokens that fill grids line by line."""
     if geometry.unknown:
-        # Where the model tells nothing, the size of what the processor returned may.
-        shapes = None if geometry.is_run else _square_cells(view, count)
+        # Where the model tells nothing, what the processor returned may.
+        shapes = None
+        if not geometry.is_run:
+            shapes = _square_cells(view, count) or _patch_cells(view, count)
         if shapes is None:
             raise _placeless(geometry.unknown)
     else:
@@ -254,11 +256,7 @@ def _patch_boxes(view: _View, shapes: Sequence[tuple[int, int]]) -> Tensor:
     if len(shapes) != 1:
         raise _placeless(f"its {len(shapes)} grids of patches are not told apart")
     ((rows, columns),) = shapes
-    values = view.x.shape[1:] if view.x.ndim != 3 else view.x.shape[2:]
-    flat = (-1, math.prod(values))
-    inside = view.is_inside.reshape(flat)
-    inside = inside[inside.any(dim=1)]
-    x, y = (part.reshape(flat)[: len(inside)].mean(dim=1) for part in (view.x, view.y))
+    x, y = _patch_centres(view)
     merge = math.isqrt(len(x) // (rows * columns))
     if merge**2 * rows * columns != len(x):
         raise _placeless(f"{len(x)} patches do not fill a grid of {rows} x {columns} tokens")
@@ -268,6 +266,29 @@ def _patch_boxes(view: _View, shapes: Sequence[tuple[int, int]]) -> Tensor:
         if found is not None:
             return found
     raise _placeless("its patches do not follow each other line by line")
+
+
+def _patch_centres(view: _View) -> tuple[Tensor, Tensor]:
+    """``[patches]`` abscissas and ordinates; padding, which comes last, left out."""
+    first = 2 if view.x.ndim == 3 else 1
+    flat = (-1, math.prod(view.x.shape[first:]))
+    count = int(view.is_inside.reshape(flat).any(dim=1).sum())
+    x, y = (part.reshape(flat)[:count].mean(dim=1) for part in (view.x, view.y))
+    return x, y
+
+
+def _patch_cells(view: _View, count: int) -> Sequence[tuple[int, int]] | None:
+    """The grid of tokens that patches which come line by line can be pooled to."""
+    if _tiles(view) is not None:
+        return None
+    x, _ = _patch_centres(view)
+    ends = (x.diff() < 0).nonzero().flatten()
+    columns = int(ends[0]) + 1 if len(ends) else len(x)
+    rows, merge = len(x) // max(columns, 1), math.isqrt(len(x) // max(count, 1))
+    is_grid = rows * columns == len(x) and merge**2 * count == len(x) > 0
+    if not is_grid or rows % merge or columns % merge:
+        return None
+    return [(rows // merge, columns // merge)]
 
 
 def _merged(places: Tensor, rows: int, columns: int, merge: int) -> Tensor:
