@@ -17,18 +17,14 @@ import typer
 
 from vlm_steer import __version__
 from vlm_steer.commands import build, explain
+from vlm_steer.commands.groups import Loading, spelled_out
 from vlm_steer.commands.options import (
-    Attn,
     BatchSize,
-    DeviceMap,
-    Dtype,
     Limit,
     MaxNewTokens,
     ModelName,
     Output,
     Overrides,
-    Quantization,
-    Revision,
     Seed,
 )
 from vlm_steer.errors import ConfigError, SteerError, SteerWarning
@@ -135,7 +131,9 @@ def methods(
             tables.show_methods(entries, presets)
 
 
+@spelled_out()
 def models(
+    loading: Loading,
     check: Annotated[
         str | None,
         typer.Option(help="Folder or hub name of a model: load it and attach every method."),
@@ -143,11 +141,6 @@ def models(
     method: Annotated[
         str | None, typer.Option(help="With --check: attach this instead of every method.")
     ] = None,
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = None,
-    quantization: Quantization = None,
-    revision: Revision = None,
-    attn: Attn = None,
     as_json: AsJson = False,
 ) -> None:
     """Show how model families can be steered, or check what can be done with a model."""
@@ -159,23 +152,17 @@ def models(
         _print_json(seen) if as_json else tables.show_families(seen)
         return
     from vlm_steer.config import resolve
-    from vlm_steer.loading import load_model
     from vlm_steer.registry import list_methods
 
     specs = {name: resolve(name) for name in ([method] if method else list_methods())}
-    model, processor = load_model(
-        check,
-        dtype=dtype,
-        device_map=device_map,
-        quantization=quantization,
-        revision=revision,
-        attn=attn,
-    )
+    model, processor = loading.load(check)
     report = about.check(model, processor, specs)
     _print_json(report) if as_json else tables.show_check(report)
 
 
+@spelled_out()
 def generate(
+    loading: Loading,
     model: ModelName,
     image: Annotated[list[Path], typer.Option("--image", help="An image file. Repeatable.")],
     prompt: Annotated[str, typer.Option("--prompt", help="What to ask about each image.")],
@@ -193,11 +180,6 @@ def generate(
     max_new_tokens: MaxNewTokens = 64,
     seed: Seed = 0,
     batch_size: BatchSize = 1,
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = None,
-    quantization: Quantization = None,
-    revision: Revision = None,
-    attn: Attn = None,
     output: Output = None,
     as_json: AsJson = False,
 ) -> None:
@@ -210,16 +192,8 @@ def generate(
     pictures = [open_image(path) for path in image]
 
     from vlm_steer.commands.generate import Decoding, answer
-    from vlm_steer.loading import load_model
 
-    loaded, processor = load_model(
-        model,
-        dtype=dtype,
-        device_map=device_map,
-        quantization=quantization,
-        revision=revision,
-        attn=attn,
-    )
+    loaded, processor = loading.load(model)
     decoding = Decoding(max_new_tokens, num_beams, temperature, seed)
     arms = {"none": (), method: steered} if compare else {method: steered}
     answers = {
@@ -248,7 +222,9 @@ def generate(
     _print_json(report) if as_json else tables.show_answers(report, compare=compare)
 
 
+@spelled_out()
 def calibrate(
+    loading: Loading,
     method: Annotated[str, typer.Argument(help="A method that is calibrated per model.")],
     model: ModelName,
     output: Annotated[Path, typer.Option("--output", help="The JSON file to write.")],
@@ -264,11 +240,6 @@ def calibrate(
     overrides: Overrides = None,
     max_new_tokens: MaxNewTokens = 4,
     batch_size: BatchSize = 32,
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = None,
-    quantization: Quantization = None,
-    revision: Revision = None,
-    attn: Attn = None,
     as_json: AsJson = False,
 ) -> None:
     """Choose what a method needs to know about a model, such as the heads that ACT acts on."""
@@ -280,17 +251,9 @@ def calibrate(
     from vlm_steer.commands.calibrate import calibrate as run
     from vlm_steer.commands.calibrate import embedded_samples, read_samples
     from vlm_steer.engine.model import inspect_model
-    from vlm_steer.loading import load_model
 
     samples = embedded_samples(limit) if data is None else read_samples(data, limit)
-    loaded, processor = load_model(
-        model,
-        dtype=dtype,
-        device_map=device_map,
-        quantization=quantization,
-        revision=revision,
-        attn=attn,
-    )
+    loaded, processor = loading.load(model)
     result = run(
         loaded, processor, chosen, samples, max_new_tokens=max_new_tokens, batch_size=batch_size
     )

@@ -45,7 +45,7 @@ def run_and_show(task: "Task", run: "RunOptions", *, share_prefix: bool = False)
     from .workers import workers_from_environment
 
     settings = run.settings()
-    loading = loading_options(run.dtype, run.device_map, run.quantization, run.revision, run.attn)
+    loading = run.loading()
     workers = workers_from_environment()
     if workers.device is not None:
         if loading["device_map"] is not None:

@@ -1,28 +1,18 @@
-"""Options that go together: a command takes the group, and its fields become options.
+"""Options that several commands take together.
 
 A preset, where the command has one, fills in what the user did not write. Nothing heavy is imported
 here, so that help is instant.
 """
 
 import dataclasses
-import functools
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from vlm_steer.commands.options import (
-    Attn,
-    BatchSize,
-    DeviceMap,
-    Dtype,
-    ModelName,
-    Quantization,
-    Revision,
-    Seed,
-)
+from vlm_steer.commands import groups
+from vlm_steer.commands.options import BatchSize, ModelName, Seed
 
 from .command_options import (
     Beams,
@@ -48,7 +38,7 @@ __all__ = ["AnswerOptions", "RunOptions", "ScoreOptions", "spelled_out"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class RunOptions(groups.Loading):
     """What every command that runs a benchmark takes; the field's annotation is the option."""
 
     output: OutputFolder
@@ -64,11 +54,6 @@ class RunOptions:
     seed: Seed = 0
     resamples: Resamples = 10_000
     batch_size: BatchSize = 16
-    dtype: Dtype = "auto"
-    device_map: DeviceMap = None
-    quantization: Quantization = None
-    revision: Revision = None
-    attn: Attn = None
     skip_bad_images: SkipBadImages = False
     applied: AppliedPreset | None = None
 
@@ -127,73 +112,15 @@ def spelled_out(
         defaults: defaults of options where they are not the group's own.
     """
 
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        groups, options = _parameters(function, defaults)
+    def fill(ctx: typer.Context, given: dict[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:
+        if given.get("preset") is None:
+            return {}
+        written = {name for name in given if _is_written(ctx, name)}
+        return {"applied": apply_preset(given["preset"], benchmark, given, written, types)}
 
-        @functools.wraps(function)
-        def command(ctx: typer.Context, **given: Any) -> None:
-            applied = None
-            if given.get("preset") is not None:
-                written = {name for name in given if _is_written(ctx, name)}
-                types = {option.name: option.annotation for option in options}
-                applied = apply_preset(given["preset"], benchmark, given, written, types)
-            made = {name: _made(group, given, applied) for name, group in groups.items()}
-            function(**made, **given)
-
-        context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-        spelled: Any = command
-        spelled.__signature__ = inspect.Signature([context, *options])
-        spelled.__annotations__ = {option.name: option.annotation for option in (context, *options)}
-        # What inspect would follow back to the function with the groups.
-        del spelled.__wrapped__
-        return command
-
-    return decorate
+    return groups.spelled_out(fill, **defaults)
 
 
 def _is_written(ctx: typer.Context, name: str) -> bool:
     source = ctx.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
-
-
-def _parameters(
-    function: Callable[..., None], defaults: Mapping[str, Any]
-) -> tuple[dict[str, type], list[inspect.Parameter]]:
-    """The groups among the parameters, and all options."""
-    hints = get_type_hints(function, include_extras=True)
-    groups: dict[str, type] = {}
-    options: list[inspect.Parameter] = []
-    for parameter in inspect.signature(function).parameters.values():
-        kind = hints[parameter.name]
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            groups[parameter.name] = kind
-            options += _fields(kind, defaults)
-        else:
-            options.append(parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY))
-    return groups, options
-
-
-def _fields(group: type, defaults: Mapping[str, Any]) -> list[inspect.Parameter]:
-    hints = get_type_hints(group, include_extras=True)
-    return [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            annotation=hints[field.name],
-            default=defaults.get(
-                field.name,
-                inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
-            ),
-        )
-        for field in dataclasses.fields(group)
-        if get_origin(hints[field.name]) is Annotated
-    ]
-
-
-def _made(group: type, given: dict[str, Any], applied: AppliedPreset | None) -> Any:
-    """The group, its options taken out of what was given."""
-    names = [field.name for field in dataclasses.fields(group)]
-    values = {name: given.pop(name) for name in names if name in given}
-    if "applied" in names:
-        values["applied"] = applied
-    return group(**values)

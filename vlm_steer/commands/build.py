@@ -5,16 +5,12 @@ from typing import Annotated, Literal
 
 import typer
 
+from vlm_steer.commands.groups import Loading, spelled_out
 from vlm_steer.commands.options import (
-    Attn,
     BatchSize,
-    DeviceMap,
-    Dtype,
     Limit,
     MaxNewTokens,
     ModelName,
-    Quantization,
-    Revision,
 )
 from vlm_steer.errors import ConfigError
 
@@ -34,7 +30,9 @@ def register(app: typer.Typer) -> None:
     app.add_typer(group, name="build", help="Make files that methods need, such as directions.")
 
 
+@spelled_out()
 def vti(
+    loading: Loading,
     model: ModelName,
     pairs: Annotated[
         Path,
@@ -70,11 +68,6 @@ def vti(
     ] = 0.99,
     limit: Limit = None,
     batch_size: BatchSize = 1,
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = None,
-    quantization: Quantization = None,
-    revision: Revision = None,
-    attn: Attn = None,
 ) -> None:
     """Make the directions of vti from pairs of correct and hallucinated captions."""
     _refuse_output(output, ".safetensors")
@@ -84,16 +77,7 @@ def vti(
 
     found = directions.read_pairs(pairs, images)[:limit]
 
-    from vlm_steer.loading import load_model
-
-    loaded, processor = load_model(
-        model,
-        dtype=dtype,
-        device_map=device_map,
-        quantization=quantization,
-        revision=revision,
-        attn=attn,
-    )
+    loaded, processor = loading.load(model)
     made = directions.from_pairs(
         loaded,
         processor,
@@ -113,7 +97,9 @@ def vti(
         )
 
 
+@spelled_out()
 def decore(
+    loading: Loading,
     model: ModelName,
     images: Annotated[
         list[Path], typer.Option("--image", help="An image file, or a folder of them. Repeatable.")
@@ -127,11 +113,6 @@ def decore(
     limit: Limit = None,
     batch_size: BatchSize = 1,
     max_new_tokens: MaxNewTokens = 32,
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = None,
-    quantization: Quantization = None,
-    revision: Revision = None,
-    attn: Attn = None,
 ) -> None:
     """Score attention heads by how often they look at the image while the model answers."""
     _refuse_output(output, ".json")
@@ -140,16 +121,7 @@ def decore(
 
     files = head_scores.image_files(images)[:limit]
 
-    from vlm_steer.loading import load_model
-
-    loaded, processor = load_model(
-        model,
-        dtype=dtype,
-        device_map=device_map,
-        quantization=quantization,
-        revision=revision,
-        attn=attn,
-    )
+    loaded, processor = loading.load(model)
     scores = head_scores.visual_heads(
         loaded,
         processor,
