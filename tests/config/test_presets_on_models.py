@@ -60,6 +60,8 @@ REFUSED = {
     "icd_vcd": "processor",
     "lqcd": "processor",
     "yes_bias": "processor",
+    "vdgd": "processor",
+    "vdgd_official": "processor",
 }
 """Preset -> what it asks for, in the message, before it can be put on any model."""
 

@@ -74,6 +74,13 @@ ACTIVE = {
     # The tiny models have no tokenizer.
     "icd": {"method": "icd", "disturbance_ids": [30, 40, 50]},
     "lqcd": {"method": "lqcd", "leading_ids": [31, 41], "tail": 1},
+    "vdgd": {
+        "method": "vdgd",
+        "max_description_tokens": 4,
+        "prompt_ids": [30, 40, 50],
+        "introduction_ids": [31, 41],
+        "tail": 1,
+    },
     "vti": lambda family: {"method": "vti", "directions": directions_for(family)},
     "vti_residual": lambda family: {
         "method": "vti",

@@ -19,7 +19,7 @@ from vlm_steer.errors import ConfigError
 pytestmark = pytest.mark.filterwarnings("ignore::vlm_steer.errors.SteerWarning")
 
 TEXT = (30, 40, 50)
-Where = Literal["instruction", "start", "system", "end"]
+Where = Literal["instruction", "start", "system", "question", "end"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +47,16 @@ def edited(family: zoo.Family, row: dict[str, Tensor], where: Where) -> dict[str
     markers = inspect_model(family.model).special_token_ids
     place = int(ids[0] == zoo.BOS)
     source = list(range(len(ids)))
-    if where == "instruction":
+    if where in ("instruction", "question"):
         place = next(i for i in range(image[-1] + 1, len(ids)) if ids[i] not in markers)
     elif where == "end":
         place = len(ids) - 1
     elif where == "system":
         source = [i for i in source if i < place or i >= image[0] or ids[i] in markers]
+    if where == "question":
+        source = source[:place] + source[-1:]
     # New tokens see of the image what the text around them sees.
-    like = len(ids) - 1 if where in ("instruction", "end") else 0
+    like = 0 if where in ("start", "system") else len(ids) - 1
     source = source[:place] + [like] * len(TEXT) + source[place:]
     changed = dict(row)
     for name, value in row.items():
@@ -107,7 +109,7 @@ def test_text_in_front_of_the_question_equals_a_full_forward_of_that_prompt(name
     check_third_step(zoo.load(name), "instruction")
 
 
-@pytest.mark.parametrize("where", ["start", "system", "end"])
+@pytest.mark.parametrize("where", ["start", "system", "question", "end"])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "mllama"])
 def test_text_elsewhere_equals_a_full_forward_of_that_prompt(name: str, where: Where) -> None:
     check_third_step(zoo.load(name), where)

@@ -297,7 +297,9 @@ class Branches:
             shown = branch.shows(self.call.positive.prepared[bound.index])
             prompt = self._with_blanks(branch, shown, kwargs, past)
         elif branch.insert is not None:
-            prompt, kinds = self._with_text(branch.insert, kwargs, past)
+            more = branch.inserts
+            ids = None if more is None else more(self.call.positive.prepared[bound.index])
+            prompt, kinds = self._with_text(branch.insert, ids, kwargs, past)
         else:
             prompt = self.source.whole_prompt(kwargs, past)
         mask = mask_of(prompt)
@@ -327,7 +329,7 @@ class Branches:
         return self.source.with_inputs(kwargs, changed, past)
 
     def _with_text(
-        self, insertion: Insertion, kwargs: Mapping[str, Any], past: int
+        self, insertion: Insertion, more: Tensor | None, kwargs: Mapping[str, Any], past: int
     ) -> tuple[dict[str, Any], Tensor]:
         """A prompt with inserted text, and what its tokens are."""
         kinds = self.call.positive.layout.prompt
@@ -336,7 +338,7 @@ class Branches:
         prompt = self.source.whole_prompt(kwargs, past)
         model = self.call.plan.model
         ids = self.source.token_ids(prompt, kinds.shape)
-        edit = edit_of(insertion, kinds, ids, model.begin_token_ids)
+        edit = edit_of(insertion, kinds, ids, model.begin_token_ids, more)
         prompt = with_insertion(prompt, edit, model.model.get_input_embeddings())
         return {**prompt, "past_key_values": self.source.empty_cache()}, edit.kinds
 

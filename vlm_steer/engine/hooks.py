@@ -59,6 +59,7 @@ from vlm_steer.engine.views import (
     Scope,
     ToLogits,
     VisionAt,
+    Written,
     no_logits,
 )
 from vlm_steer.errors import ConfigError, without_effect
@@ -87,6 +88,7 @@ __all__ = [
     "Selector",
     "ToLogits",
     "VisionAt",
+    "Written",
     "no_logits",
 ]
 
@@ -220,6 +222,10 @@ class Method(metaclass=_Strict):
     def branches(self) -> tuple[Branch, ...]:
         """Extra streams to run beside the user's."""
         return ()
+
+    def request(self) -> Insertion | None:
+        """What ``Reference.written`` puts into the user's prompt; nothing by default."""
+        return None
 
     def prepare(self, reference: Reference) -> Any:
         """Run passes before generation; the result is ``At.prepared``."""

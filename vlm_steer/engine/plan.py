@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vlm_steer.engine.active import AttentionSite
-from vlm_steer.engine.hooks import Branch, Method, ToLogits, no_logits
+from vlm_steer.engine.hooks import Branch, Insertion, Method, ToLogits, no_logits
 from vlm_steer.engine.model import KNOWN_SCORE_OPTIONS, ModelInfo
 from vlm_steer.engine.pictures import with_blank
 from vlm_steer.engine.prompts import first_ids, with_ids
@@ -32,6 +32,7 @@ class Bound:
         constants: What ``Method.resolve`` returned.
         branches: The extra streams it runs.
         first_ids: What ``LogitsAt.first_ids`` is.
+        request: What it puts into the prompt for a text written beforehand.
         notes: What the engine has to say of its layers, for ``status()``.
     """
 
@@ -41,6 +42,7 @@ class Bound:
     constants: Any
     branches: tuple[Branch, ...]
     first_ids: Mapping[str, tuple[int, ...]]
+    request: Insertion | None
     taps: tuple[int, ...]
     rotation: Rotation | None
     to_logits: ToLogits
@@ -283,6 +285,9 @@ def _bind(index: int, method: Method, model: ModelInfo, processor: Any) -> Bound
         constants=method.resolve(model),
         first_ids=first_ids(method.first_words(), method.name, processor),
         branches=tuple(_resolved(b, method.name, model, processor) for b in method.branches()),
+        request=_resolved(
+            Branch("request", insert=method.request()), method.name, model, processor
+        ).insert,
         taps=taps,
         rotation=_rotation(method, model) if method.needs_rotation else None,
         to_logits=_readout(method, model) if taps or method.needs_readout else no_logits,

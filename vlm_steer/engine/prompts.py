@@ -54,7 +54,8 @@ def with_ids(branch: Branch, method: str, model: ModelInfo, processor: Any) -> B
         )
     tail = insertion.tail
     if tail is None:
-        tail = _measured_tail(method, processor) if insertion.where == "end" else 0
+        is_before_tail = insertion.where in ("question", "end")
+        tail = _measured_tail(method, processor) if is_before_tail else 0
     tokenizer = _tokenizer(processor, to_vision=False)
     markers = {*model.special_token_ids, *getattr(tokenizer, "all_special_ids", ())}
     insertion = replace(insertion, text=ids, tail=tail, markers=tuple(sorted(markers)))
@@ -159,7 +160,7 @@ class Edit:
     """Which token of an edited prompt comes from where.
 
     Attributes:
-        ids: The inserted ids.
+        ids: ``[batch, inserted]`` the inserted ids; -1 for none, in front of the others.
         order: ``[batch, new]`` indices into the old tokens followed by the inserted ones.
         place: ``[batch, 1]`` old index before which the text stands; the old length for the end.
         neighbour: ``[batch, 1]`` old text token whose properties the inserted ones take.
@@ -167,7 +168,7 @@ class Edit:
         kinds: ``[batch, new]`` codes of ``Columns``.
     """
 
-    ids: tuple[int, ...]
+    ids: Tensor
     order: Tensor
     place: Tensor
     neighbour: Tensor
@@ -182,7 +183,7 @@ class Edit:
     def of_tokens(self, value: Tensor) -> Tensor:
         """``[batch, new, ...]`` from one entry per old token, ``[batch, old, ...]``."""
         return self.with_new(
-            value, _gather(value, self.neighbour).expand(-1, len(self.ids), *value.shape[2:])
+            value, _gather(value, self.neighbour).expand(-1, self.ids.shape[1], *value.shape[2:])
         )
 
     def with_new(self, value: Tensor, new: Tensor) -> Tensor:
@@ -194,8 +195,9 @@ class Edit:
         lead = (*positions.shape[:-2], self.order.shape[0])
         end = torch.cat([positions, positions[..., -1:] + 1], dim=-1)
         moved = end.expand(*lead, end.shape[-1]) + self.shift.to(positions.dtype)
-        count = torch.arange(len(self.ids), device=positions.device)
-        first = moved.gather(-1, self.place.expand(*lead, 1)) - len(self.ids)
+        n_inserted = self.ids.shape[1]
+        count = torch.arange(n_inserted, device=positions.device)
+        first = moved.gather(-1, self.place.expand(*lead, 1)) - n_inserted
         both = torch.cat([moved[..., :-1], first + count], dim=-1)
         ordered = both.gather(-1, self.order.expand(*lead, self.order.shape[-1]))
         return ordered.masked_fill(~self.is_token, 0)
@@ -206,6 +208,7 @@ def edit_of(
     kinds: Tensor,
     input_ids: Tensor | None = None,
     begin: Sequence[int] = (),
+    more: Tensor | None = None,
 ) -> Edit:
     """Find the place of an insertion in every row.
 
@@ -214,6 +217,7 @@ def edit_of(
         kinds: ``[batch, prompt]`` codes of ``Columns``.
         input_ids: ``[batch, prompt]``; without them every token counts as plain text.
         begin: Ids with which a prompt may begin and that stay in front.
+        more: ``[batch, tokens]`` ids to put behind the insertion's, -1 for none.
     """
     rows, length = kinds.shape
     index = torch.arange(length, device=kinds.device).expand(rows, length)
@@ -225,7 +229,7 @@ def edit_of(
     is_removed = torch.zeros_like(is_image)
     if insertion.where == "end":
         place = last + 1 - (insertion.tail or 0)
-    elif insertion.where == "instruction":
+    elif insertion.where in ("instruction", "question"):
         image_end = torch.where(is_image, index, -1).amax(dim=1, keepdim=True)
         is_open = (index > image_end) & (index >= start) & ~is_special
         place = torch.where(is_open, index, last).amin(dim=1, keepdim=True)
@@ -235,8 +239,19 @@ def edit_of(
         image_start = torch.where(is_image, index, -1).amax(dim=1, keepdim=True)
         image_start = torch.where(is_image, index, image_start).amin(dim=1, keepdim=True)
         is_removed = (index >= start) & (index < image_start) & ~is_special
-    ids = tuple(int(i) for i in insertion.text)
-    return _edit(ids, kinds, place.clamp(min=0), is_removed)
+    if insertion.where == "question":
+        is_removed = is_open & is_token & (index < last + 1 - (insertion.tail or 0))
+    text = torch.tensor([int(i) for i in insertion.text], device=kinds.device)
+    return _edit(_joined(text, rows, more), kinds, place.clamp(min=0), is_removed)
+
+
+def _joined(text: Tensor, rows: int, more: Tensor | None) -> Tensor:
+    """``[rows, tokens]`` ids of the same text and of one per row, -1 for none in front."""
+    ids = text.expand(rows, text.shape[0])
+    if more is None:
+        return ids
+    ids = torch.cat([ids, more.to(ids.device)], dim=1)
+    return ids.gather(1, (ids >= 0).int().argsort(dim=1, stable=True))
 
 
 def _is_in(input_ids: Tensor | None, known: Sequence[int], like: Tensor) -> Tensor:
@@ -245,13 +260,15 @@ def _is_in(input_ids: Tensor | None, known: Sequence[int], like: Tensor) -> Tens
     return torch.isin(input_ids, torch.tensor(known, device=input_ids.device))
 
 
-def _edit(ids: tuple[int, ...], kinds: Tensor, place: Tensor, is_removed: Tensor) -> Edit:
+def _edit(ids: Tensor, kinds: Tensor, place: Tensor, is_removed: Tensor) -> Edit:
     rows, length = kinds.shape
     index = torch.arange(length + 1, device=kinds.device).expand(rows, length + 1)
     old = index[:, :-1]
     # Removed tokens sort to the left, among the padding; inserted ones right before their place.
-    key = torch.cat([2 * old.masked_fill(is_removed, -1), (2 * place - 1).expand(-1, len(ids))], 1)
-    kept = length + len(ids) - int(is_removed.sum(dim=1).min())
+    is_none, n_inserted = ids < 0, ids.shape[1]
+    new_key = torch.where(is_none, -1, 2 * place - 1)
+    key = torch.cat([2 * old.masked_fill(is_removed, -1), new_key], dim=1)
+    kept = length + n_inserted - int((is_removed.sum(dim=1) + is_none.sum(dim=1)).min())
     order = key.argsort(dim=1, stable=True)[:, -kept:]
     is_text = (kinds != Columns.PADDING) & (kinds != Columns.IMAGE)
     last = torch.where(is_text, old, 0).amax(dim=1, keepdim=True)
@@ -259,7 +276,8 @@ def _edit(ids: tuple[int, ...], kinds: Tensor, place: Tensor, is_removed: Tensor
     neighbour = torch.where(is_text.gather(1, behind), behind, last)
     neighbour = torch.where(is_text.gather(1, before) & (before < place), before, neighbour)
     sees_image = ((kinds == Columns.IMAGE) & (old < place)).any(dim=1, keepdim=True)
-    new = torch.where(sees_image, Columns.INSTRUCTION, Columns.SYSTEM).to(kinds.dtype)
+    new = torch.where(sees_image, Columns.INSTRUCTION, Columns.SYSTEM)
+    new = new.expand(-1, n_inserted).masked_fill(is_none, Columns.PADDING).to(kinds.dtype)
     remaining = kinds.masked_fill(is_removed, Columns.PADDING)
     removed = torch.nn.functional.pad(is_removed.int().cumsum(dim=1), (1, 0))
     return Edit(
@@ -267,8 +285,8 @@ def _edit(ids: tuple[int, ...], kinds: Tensor, place: Tensor, is_removed: Tensor
         order=order,
         place=place,
         neighbour=neighbour,
-        shift=len(ids) * (index >= place).int() - removed,
-        kinds=torch.cat([remaining, new.expand(-1, len(ids))], dim=1).gather(1, order),
+        shift=(~is_none).sum(dim=1, keepdim=True) * (index >= place).int() - removed,
+        kinds=torch.cat([remaining, new], dim=1).gather(1, order),
     )
 
 
@@ -284,7 +302,7 @@ def with_insertion(
         embed: Token ids to embeddings, for models that are given embeddings.
     """
     rows, tokens = edit.kinds.shape[0], edit.shift.shape[1] - 1
-    ids = torch.tensor(edit.ids, device=edit.order.device).expand(rows, len(edit.ids))
+    ids = edit.ids.clamp(min=0)
     changed = dict(kwargs)
     for name, value in kwargs.items():
         if name == "input_ids" and value is not None:
@@ -315,9 +333,8 @@ def with_image_instruction(kwargs: Mapping[str, Any], insertion: Insertion) -> d
     edit = edit_of(replace(insertion, where=where, tail=0), kinds)
     if insertion.where == "system":
         edit = _edit(edit.ids, kinds, edit.place, kinds != Columns.PADDING)
-    ids = torch.tensor(edit.ids, device=given.device).expand(given.shape[0], len(edit.ids))
     return {
-        "qformer_input_ids": edit.with_new(given, ids.to(given.dtype)),
+        "qformer_input_ids": edit.with_new(given, edit.ids.to(given.dtype)),
         "qformer_attention_mask": edit.is_token.to(mask.dtype),
     }
 

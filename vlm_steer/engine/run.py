@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from vlm_steer.engine.active import ACTIVE, Probe
 from vlm_steer.engine.branches import Backend, Branches, Source
 from vlm_steer.engine.call import Call, Forward, Stream, states_after
+from vlm_steer.engine.describe import write
 from vlm_steer.engine.grid import grid_of, grids_among
-from vlm_steer.engine.hooks import Columns, LogitsAt, Method, Reference
+from vlm_steer.engine.hooks import Columns, LogitsAt, Method, Reference, Written
 from vlm_steer.engine.inputs import (
     mask_of,
     n_rows,
@@ -294,12 +295,16 @@ class Run:
             ids = self.source.token_ids(kwargs, columns.kinds.shape)
             return questions_in(ids, columns, self.plan.processor)
 
+        def written(max_new_tokens: int) -> Written:
+            return write(self.source, bound, self.plan.model, kwargs, columns.kinds, max_new_tokens)
+
         reference = Reference(
             head_outputs_without_image=head_outputs_without_image,
             image_attention=seen_by_encoder,
             on_image_tokens=partial(_on_image_tokens, columns),
             hidden_states=hidden_states,
             tallies=tallies,
+            written=written,
             pictures=pictures,
             questions=questions,
             grid=grid,
@@ -381,7 +386,8 @@ def _combine(
             call.moved[bound.index] = _moved(call, bound, current, new, kept)
         current = new
     if keep is not None:
-        best = torch.zeros_like(keep).scatter_(1, raw.argmax(dim=1, keepdim=True), True)
+        left = raw.masked_fill(current == -torch.inf, -torch.inf)
+        best = torch.zeros_like(keep).scatter_(1, left.argmax(dim=1, keepdim=True), True)
         current = current.masked_fill(~(keep | best), -torch.inf)
     return current.to(logits.dtype)
 

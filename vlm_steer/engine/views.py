@@ -27,6 +27,7 @@ __all__ = [
     "Scope",
     "ToLogits",
     "VisionAt",
+    "Written",
     "no_logits",
 ]
 
@@ -42,9 +43,10 @@ class Insertion:
     Attributes:
         text: The text, which needs the model's processor, or its token ids.
         where: ``instruction`` puts it behind the last image, ``start`` in front of the prompt,
-            ``system`` in place of the text before the first image, ``end`` behind the question.
-        tail: For ``end``, the prompt tokens behind the question; ``None`` measures the chat
-            template of the processor.
+            ``system`` in place of the text before the first image, ``question`` in place of that
+            behind the last, ``end`` behind the question.
+        tail: For ``question`` and ``end``, the prompt tokens behind the question; ``None`` measures
+            the chat template of the processor.
         to_vision: Put it into the instruction that the vision side reads (of a Q-Former), where
             the model has one, instead of the prompt: in front, at the end, or, with ``system``,
             in its place.
@@ -53,7 +55,7 @@ class Insertion:
     """
 
     text: str | tuple[int, ...]
-    where: Literal["instruction", "start", "system", "end"] = "instruction"
+    where: Literal["instruction", "start", "system", "question", "end"] = "instruction"
     tail: int | None = None
     to_vision: bool = False
     markers: tuple[int, ...] = ()
@@ -75,6 +77,8 @@ class Branch:
         blank: What blanked pixels hold, one number per channel as the model takes it; none for
             black, which is read off the model's processor when the method is attached.
         insert: Text to add to the prompt.
+        inserts: ``inserts(prepared)`` is text of each row to put behind that of ``insert``,
+            ``[batch, tokens]`` ids, -1 for none.
         after_user: Never run the prompt in one batch with the user's, since it needs what the
             ``choose`` hook found there.
         shares_prompt: The prompt, its last token excepted, is to the branch what it is to the user,
@@ -87,6 +91,7 @@ class Branch:
     shows: Callable[[Any], Tensor] | None = None
     blank: tuple[float, ...] = ()
     insert: Insertion | None = None
+    inserts: Callable[[Any], Tensor] | None = None
     after_user: bool = False
     shares_prompt: bool = False
 
@@ -347,6 +352,21 @@ class LogitsAt:
 
 
 @dataclass(frozen=True, slots=True)
+class Written:
+    """A text that the model wrote beforehand.
+
+    Attributes:
+        ids: ``[batch, tokens]`` int64.
+        is_text: ``[batch, tokens]`` bool, before the end of the text.
+        logits: ``[batch, tokens, vocabulary]`` float32 with which each token was chosen.
+    """
+
+    ids: Tensor
+    is_text: Tensor
+    logits: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Reference:
     """Runs passes before generation for ``Method.prepare``.
 
@@ -365,6 +385,8 @@ class Reference:
             at the last prompt row after each of ``layers``.
         tallies: ``f(method)`` runs the prompt once under the ``tally`` hook of another method and
             every other intervention off, and returns ``{layer: [batch, ..., prompt]}``.
+        written: ``f(max_new_tokens)`` lets the model write greedily, every intervention off, what
+            the user's prompt asks for with ``Method.request`` in it.
         pictures: ``f()`` gives, per row of the batch, its images (or tiles) as the model sees
             them, ``[channels, height, width]`` in [0, 1]. For methods with ``needs_grid`` and
             ``needs_processor``.
@@ -382,6 +404,7 @@ class Reference:
     on_image_tokens: Callable[[Tensor], Tensor]
     hidden_states: Callable[[bool], Tensor]
     tallies: "Callable[[Method], dict[int, Tensor]]"
+    written: Callable[[int], Written]
     pictures: Callable[[], tuple[tuple[Tensor, ...], ...]]
     questions: Callable[[], tuple[str, ...]]
     grid: Callable[[], Grid]

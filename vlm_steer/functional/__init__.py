@@ -65,6 +65,7 @@ from vlm_steer.functional.retrace import (
 )
 from vlm_steer.functional.search import (
     OverTrustPenalty,
+    described_support,
     draw_tokens,
     first_lowest,
     opera_penalty,
@@ -129,6 +130,7 @@ __all__ = [
     "deco_candidates",
     "deco_logits",
     "decore_logits",
+    "described_support",
     "diffusion_noise",
     "dola_logits",
     "draw_tokens",

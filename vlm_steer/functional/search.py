@@ -93,6 +93,36 @@ def first_lowest(values: Tensor, *, tolerance: float = 1e-6) -> Tensor:
     return torch.where(is_lowest, place, values.shape[-1]).amin(-1)
 
 
+def described_support(
+    log_probs: Tensor,
+    *,
+    reduce: Literal["min", "mean", "sum"] = "min",
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Returns how well each token of the vocabulary is supported by a description (VDGD).
+
+    `-reduce_j KL(onehot_i || p_j) = -reduce_j(-log p_j(i))` for token i over the description
+    tokens j (arXiv 2405.15683): one vector, whatever is generated.
+
+    Args:
+        log_probs: log-probabilities with which the description was written,
+            `[batch, description, vocabulary]` float.
+        reduce: over the description tokens.
+        mask: bool `[batch, description]`, real description tokens, at least one per row; None
+            for all.
+
+    Returns:
+        fp32 `[batch, vocabulary]`, at most 0.
+    """
+    divergence = -upcast(log_probs)
+    real = torch.ones_like(divergence[..., 0], dtype=torch.bool) if mask is None else mask
+    column = real.unsqueeze(-1)
+    if reduce == "min":
+        return -divergence.masked_fill(~column, torch.inf).amin(1)
+    total = divergence.masked_fill(~column, 0).sum(1)
+    return -total / column.sum(1) if reduce == "mean" else -total
+
+
 def vdgd_logits(
     logits: Tensor,
     description_log_probs: Tensor,
@@ -122,17 +152,9 @@ def vdgd_logits(
     Returns:
         Scores, shape and dtype of `logits`.
     """
-    supports = -upcast(description_log_probs)
-    real = torch.ones_like(supports[..., 0], dtype=torch.bool) if mask is None else mask
-    column = real.unsqueeze(-1)
-    if reduce == "min":
-        divergence = supports.masked_fill(~column, torch.inf).amin(1)
-    else:
-        divergence = supports.masked_fill(~column, 0).sum(1)
-        if reduce == "mean":
-            divergence = divergence / column.sum(1)
+    support = described_support(description_log_probs, reduce=reduce, mask=mask)
     kept = _nucleus(upcast(logits) / temperature, top_p=top_p)
-    return (-divergence).masked_fill(~kept, -torch.inf).to(logits.dtype)
+    return support.masked_fill(~kept, -torch.inf).to(logits.dtype)
 
 
 def _nucleus(logits: Tensor, *, top_p: float) -> Tensor:
