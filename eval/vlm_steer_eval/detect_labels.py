@@ -106,10 +106,11 @@ def mention_units(
 
 
 def _whole(trace: Trace, units: Sequence[Unit]) -> list[Unit]:
-    """A text as one unit."""
+    """A text as one unit, whose place is its end: longer texts hold more mistakes."""
     labels = [unit.label for unit in units]
     label = 1 if 1 in labels else (0 if labels and set(labels) == {0} else -1)
-    return [Unit((0, trace.n_tokens), (0, len(trace.text)), label=label)]
+    length = len(trace.text.split())
+    return [Unit((0, trace.n_tokens), (0, len(trace.text)), word=length, label=label)]
 
 
 def _label(text: str, mention: Mention, truth: Set[str], ambiguous: Set[str]) -> int:

@@ -43,6 +43,7 @@ def fit(
     preset: str = "default",
     calibrator: CalibratorName = "platt",
     parts: Sequence[str] | None = None,
+    name: str | None = None,
     seed: int = 0,
 ) -> FittedDetector:
     """Fit weights on training images, calibration and threshold on calibration images.
@@ -55,6 +56,7 @@ def fit(
             `paper` (none of these, strength 1).
         calibrator: `platt`, `temperature` or `isotonic`.
         parts: part of each unit; by `split_images` when omitted.
+        name: name of its features in `data`, where it is not that of the detector.
         seed: of the division.
 
     Raises:
@@ -66,10 +68,11 @@ def fit(
     train, calibration = (
         data.where(torch.tensor([part == name for part in parts])) for name in PARTS[:2]
     )
-    features = train.features[detector.name]
+    name = detector.name if name is None else name
+    features = train.features[name]
     logistic, strength = _fit_weights(features, train, preset, seed)
     plain = FittedDetector(detector, logistic)
-    raw = plain.raw(calibration.features[detector.name])
+    raw = plain.raw(calibration.features[name])
     calibrated = fit_calibrator(calibrator, raw, calibration.labels)
     risk = calibrated(raw).numpy()
     return FittedDetector(

@@ -15,6 +15,7 @@ from vlm_steer.errors import ConfigError, DataError
 from vlm_steer_eval.chair import TableNormaliser
 from vlm_steer_eval.detect_command import parse_detectors
 from vlm_steer_eval.detect_data import Collected, split_images
+from vlm_steer_eval.detect_drop import drop_curve, without_risky_sentences
 from vlm_steer_eval.detect_labels import labelled_texts, mention_units
 from vlm_steer_eval.detect_run import evaluate, fit, refuse_leakage, table
 from vlm_steer_eval.detect_stats import Labels, best_threshold, calibration_error, evaluate_risk
@@ -80,6 +81,44 @@ def test_a_bare_table_is_no_evidence_of_a_dining_table():
     assert labels_of("A table.", set()) == [("table", -1)]
     assert labels_of("A table.", {"dining table"}) == [("table", 0)]
     assert labels_of("A dining table.", set()) == [("dining table", 1)]
+
+
+def test_a_text_as_a_whole_is_hallucinated_where_any_mention_is():
+    def whole(text: str) -> list[tuple[int, int]]:
+        trace = written(text)
+        trace.n_tokens = len(trace.spans)
+        units = mention_units(trace, READER, {"dog"}, mentions="text")
+        return [(unit.label, unit.word) for unit in units]
+
+    assert whole("A dog sees a cat.") == [(1, 5)]
+    assert whole("A dog runs.") == [(0, 3)]
+    assert whole("A dog, no cat.") == [(-1, 4)]
+    assert whole("Nothing.") == [(-1, 1)]
+
+
+def test_sentences_of_flagged_mentions_are_dropped():
+    text = "A dog runs. A cat sleeps! The car"
+    units = mention_units(written(text), READER, set())
+    flags = [unit.name == "cat" for unit in units]
+    assert without_risky_sentences(text, units, flags) == "A dog runs. The car"
+    assert without_risky_sentences(text, units, [False] * 3) == text
+    assert without_risky_sentences(text, units, [True] * 3) == ""
+
+
+def test_dropping_what_is_wrong_lowers_chair_and_keeps_recall():
+    texts = {"1": "A dog runs. A cat sleeps.", "2": "A dog. A car."}
+    truth = {"1": frozenset({"dog"}), "2": frozenset({"dog", "car"})}
+    units, items = [], []
+    for item, text in texts.items():
+        found = mention_units(written(text), READER, truth[item])
+        units += found
+        items += [item] * len(found)
+    data = Collected(units, items, items, {}, texts)
+    risk = np.array([float(unit.label) for unit in units])
+    whole, dropped = drop_curve(risk, data, truth, READER, shares=(0.0, 0.25), n_resamples=20)
+    assert whole["CHAIRi"]["value"] == 0.25
+    assert dropped["CHAIRi"]["value"] == 0
+    assert whole["Recall"]["value"] == dropped["Recall"]["value"] == 1
 
 
 def planted(n_images=120, per_image=6, place=0.0, signal=0.0, seed=0) -> Collected:
