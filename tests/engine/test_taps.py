@@ -87,6 +87,9 @@ def test_taps_are_the_hidden_states_that_the_model_reports() -> None:
     assert torch.equal(tapped[:, :-1], torch.stack([s[:, -1] for s in states[1:-1]], dim=1))
     head = family.model.get_output_embeddings()
     torch.testing.assert_close(method.seen[0].early_logits(normed=False), head(tapped).float())
+    for normed in (True, False):
+        each, mean = (method.seen[0].early_logits(normed=normed, mean=m) for m in (False, True))
+        torch.testing.assert_close(mean, each.mean(dim=1, keepdim=True), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["paired", "separate"])
@@ -174,7 +177,10 @@ def test_a_soft_cap_of_the_family_is_part_of_the_readout(cap: float | None) -> N
         logits = generate(family, two_rows(family))
     if cap is not None and float(logits.abs().max()) > cap:
         pytest.skip("this release of transformers does not cap the logits of PaliGemma")
-    assert inspect_model(family.model).readout.cap == cap
+    readout = inspect_model(family.model).readout
+    assert readout.cap == cap
+    states = torch.randn(2, 3, zoo.HIDDEN)
+    torch.testing.assert_close(readout(states, mean=True), readout(states).mean(1, keepdim=True))
     torch.testing.assert_close(
         method.seen[0].early_logits()[:, -1], logits[:, 0].float(), atol=1e-4, rtol=1e-4
     )

@@ -22,8 +22,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::vlm_steer.errors.SteerWarning")
 def seen(final: Tensor, early: Tensor) -> LogitsAt:
     """A step whose early logits are planted; without the norm they are negated."""
 
-    def to_logits(hidden: Tensor, *, normed: bool = True) -> Tensor:
-        return hidden if normed else -hidden
+    def to_logits(hidden: Tensor, *, normed: bool = True, mean: bool = False) -> Tensor:
+        logits = hidden if normed else -hidden
+        return logits.mean(dim=1, keepdim=True) if mean else logits
 
     return LogitsAt(
         raw=final,

@@ -20,7 +20,7 @@ PROMPT = 4
 SURE, UNSURE = -1.0, 1.0
 
 
-def to_logits(hidden: Tensor, *, normed: bool = True) -> Tensor:
+def to_logits(hidden: Tensor, *, normed: bool = True, mean: bool = False) -> Tensor:
     """An even spread over 20 tokens where the first feature is positive, one token elsewhere."""
     sure = torch.where(torch.arange(20) == 3, 50.0, 0.0)
     return torch.where(hidden[..., :1] > 0, 0.0, sure)

@@ -37,17 +37,25 @@ class Readout:
     scale: float = 1.0
     cap: float | None = None
 
-    def __call__(self, hidden: Tensor, *, normed: bool = True) -> Tensor:
+    def __call__(self, hidden: Tensor, *, normed: bool = True, mean: bool = False) -> Tensor:
         """``[..., hidden]`` in the model's dtype -> ``[..., vocabulary]`` float32.
 
         Args:
             hidden: Outputs of decoder layers.
             normed: Apply the final norm; some published methods leave it out.
+            mean: Give the mean over the layers of ``[batch, layers, hidden]``.
         """
         for norm in self.norms if normed else ():
             hidden = norm(hidden)
-        logits: Tensor = self.head(hidden).float() * self.scale
-        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+        if mean and self.cap is None:  # the head is linear
+            hidden = hidden.float().mean(dim=1, keepdim=True).to(hidden.dtype)
+        logits: Tensor = self.head(hidden).float()
+        if self.scale != 1:  # the vocabulary is large
+            logits = logits * self.scale
+        if self.cap is None:
+            return logits
+        logits = torch.tanh(logits / self.cap) * self.cap
+        return logits.mean(dim=1, keepdim=True) if mean else logits
 
 
 def find_readout(

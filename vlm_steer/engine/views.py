@@ -162,11 +162,15 @@ def _no_rotation(*args: Any) -> Tensor:
 class ToLogits(Protocol):
     """The model's own final norm and output head, applied to any hidden states."""
 
-    def __call__(self, hidden: Tensor, *, normed: bool = True) -> Tensor:
-        """``[..., hidden]`` -> ``[..., vocabulary]`` float32; without the norm if told so."""
+    def __call__(self, hidden: Tensor, *, normed: bool = True, mean: bool = False) -> Tensor:
+        """``[..., hidden]`` -> ``[..., vocabulary]`` float32; without the norm if told so.
+
+        With ``mean``, ``[batch, layers, hidden]`` -> ``[batch, 1, vocabulary]``, the mean of the
+        layers' logits.
+        """
 
 
-def no_logits(hidden: Tensor, *, normed: bool = True) -> Tensor:
+def no_logits(hidden: Tensor, *, normed: bool = True, mean: bool = False) -> Tensor:
     """Stands in for the readout where it was not asked for."""
     raise SteerError("to_logits was called by a method without taps and without needs_readout.")
 
@@ -339,7 +343,9 @@ class LogitsAt:
     to_logits: ToLogits = no_logits
     first_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
-    def early_logits(self, *, normed: bool = True, branch: str | None = None) -> Tensor:
+    def early_logits(
+        self, *, normed: bool = True, branch: str | None = None, mean: bool = False
+    ) -> Tensor:
         """Next-token logits read off the tapped layers, ``[batch, taps, vocabulary]`` float32.
 
         Computed when called, for all tapped layers in one product.
@@ -347,8 +353,10 @@ class LogitsAt:
         Args:
             normed: Apply the model's final norm before its output head.
             branch: Read a branch of this method instead of the positive stream.
+            mean: Give their mean over the layers, ``[batch, 1, vocabulary]``, which costs a single
+                row of the output head.
         """
-        return self.to_logits(self.tapped[branch], normed=normed)
+        return self.to_logits(self.tapped[branch], normed=normed, mean=mean)
 
 
 @dataclass(frozen=True, slots=True)

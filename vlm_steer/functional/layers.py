@@ -110,15 +110,16 @@ def early_logit_mix(final: Tensor, early: Tensor, *, gamma: float) -> Tensor:
 def _divergence(log_p: Tensor, log_q: Tensor, kind: Literal["kl_m", "jsd"]) -> Tensor:
     p, q = log_p.exp(), log_q.exp()
     middle = (p + q) / 2
+    # The vocabulary is large: one logarithm for both terms.
+    log_middle = middle.clamp(min=torch.finfo(middle.dtype).tiny).log()
     if kind == "kl_m":
-        return (_relative(middle, log_p) + _relative(middle, log_q)).sum(-1) / 2
-    log_middle = torch.logaddexp(log_p, log_q) - torch.log(middle.new_tensor(2.0))
-    return (_relative(p, log_middle) + _relative(q, log_middle)).sum(-1) / 2
+        return (middle * (2 * log_middle - log_p - log_q)).sum(-1) / 2
+    return (_terms(p, log_p - log_middle) + _terms(q, log_q - log_middle)).sum(-1) / 2
 
 
-def _relative(p: Tensor, log_q: Tensor) -> Tensor:
-    """Terms `p * log(p / q)` of a Kullback-Leibler divergence; 0 where p is 0."""
-    return torch.where(p > 0, p * (p.clamp(min=torch.finfo(p.dtype).tiny).log() - log_q), 0.0)
+def _terms(p: Tensor, log_ratio: Tensor) -> Tensor:
+    """Terms of a Kullback-Leibler divergence; 0 where p is 0, whatever the ratio."""
+    return torch.where(p > 0, p * log_ratio, 0.0)
 
 
 def _take_layer(per_layer: Tensor, layer: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ class SLA(EarlyLayers):
     Deviations: none known. Like the official code it leaves out the final norm unless ``norm``
     asks for it, so the early logits have the scale of the residual stream.
 
-    Cost: the output head on the early layers' last row.
+    Cost: the output head on one row more, the mean of the early layers' (on one per early layer in
+    models with a soft cap).
 
     Attributes:
         gamma: Weight of the early layers, 0 to 1; 0 disables. Sensible 0.1 to 0.4.
@@ -58,5 +59,5 @@ class SLA(EarlyLayers):
         return self.gamma == 0
 
     def logits(self, logits: Tensor, at: LogitsAt) -> Tensor:
-        early = at.early_logits(normed=self.norm)
+        early = at.early_logits(normed=self.norm, mean=True)
         return F.add_change(logits, at.raw, F.early_logit_mix(at.raw, early, gamma=self.gamma))

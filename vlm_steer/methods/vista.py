@@ -43,7 +43,8 @@ class VISTA(Shift):
     ``vista_llava``).
 
     Cost: two passes over the prompt, one of them without the image; a few vector operations per
-    layer, and the output head on the early layers' last row.
+    layer, and the output head on one row more, the mean of the early layers' (on one per early
+    layer in models with a soft cap).
 
     Attributes:
         strength: Strength of the shift, >= 0; 0 leaves only the mix. Sensible 0.01 for yes-or-no
@@ -123,5 +124,5 @@ class VISTA(Shift):
         return F.vsv_shift(states, at.once("vector", vector), strength=self.strength)
 
     def logits(self, logits: Tensor, at: LogitsAt) -> Tensor:
-        early = at.early_logits(normed=self.norm)
+        early = at.early_logits(normed=self.norm, mean=True)
         return F.add_change(logits, at.raw, F.early_logit_mix(at.raw, early, gamma=self.gamma))
