@@ -252,7 +252,7 @@ def _traces(
     needs: Sequence[Any],
     settings: Settings,
 ) -> list[Trace]:
-    given = [item.gold.get("text") for item in items]
+    given = [text for item in items if (text := item.gold.get("text"))]
     options: dict[str, Any] = {
         "do_sample": False,
         "temperature": None,
@@ -261,7 +261,7 @@ def _traces(
         "num_beams": 1,
         "max_new_tokens": settings.max_new_tokens,
     }
-    if all(given):
+    if len(given) == len(items):
         if methods:
             raise ConfigError("--method has no effect on texts that are given; leave it out")
         tokenizer = getattr(processor, "tokenizer", processor)

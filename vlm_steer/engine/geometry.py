@@ -182,7 +182,7 @@ def _square_cells(view: _View, count: int) -> Sequence[tuple[int, int]] | None:
 
 def _tiles(view: _View) -> _View | None:
     """The view as ``[tiles, 3, height, width]``, or ``None`` when it is no stack of pictures."""
-    shape = view.x.shape
+    shape = tuple(view.x.shape)
     if len(shape) == 5 and shape[0] == 1:
         shape = shape[1:]
     if len(shape) != 4 or shape[1] != 3:

@@ -44,7 +44,8 @@ def column_entropy(weights: Tensor, columns: Tensor) -> Tensor:
     mass = upcast(weights).masked_fill(~columns, 0)
     total = mass.sum(-1, keepdim=True)
     share = safe_divide(mass, total, otherwise=0.0)
-    return torch.special.entr(share).sum(-1)
+    entropy: Tensor = torch.special.entr(share).sum(-1)
+    return entropy
 
 
 def summed_visual_attention_ratio(

@@ -47,7 +47,7 @@ def memvr_retrace(
     # Block by block: a prompt's similarities to all of its image would be as large as its square.
     blocks = [
         _activated(rows @ memory.transpose(-1, -2), activation) @ memory
-        for rows in x.split(_BLOCK, dim=1)
+        for rows in torch.split(x, _BLOCK, dim=1)
     ]
     retraced = torch.cat(blocks, dim=1)
     size = safe_divide(_magnitude(out, mask), _magnitude(retraced, mask), otherwise=0.0)

@@ -40,7 +40,7 @@ class SteeredVLM(BaseModel):  # type: ignore[misc]  # VLMEvalKit ships no types
     ) -> None:
         super().__init__()
         self.steered = SteeredModel(model, steer, **options)
-        self.kwargs = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
+        self.max_new_tokens, self.num_beams = max_new_tokens, num_beams
 
     def generate_inner(
         self,
@@ -54,4 +54,9 @@ class SteeredVLM(BaseModel):  # type: ignore[misc]  # VLMEvalKit ships no types
             else {"type": "text", "text": part["value"]}
             for part in message
         ]
-        return self.steered.answer([[{"role": "user", "content": content}]], **self.kwargs)[0]
+        (answer,) = self.steered.answer(
+            [[{"role": "user", "content": content}]],
+            max_new_tokens=self.max_new_tokens,
+            num_beams=self.num_beams,
+        )
+        return answer
