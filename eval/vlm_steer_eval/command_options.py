@@ -40,6 +40,7 @@ __all__ = [
     "ParserOption",
     "PresetName",
     "RatingOption",
+    "Repeat",
     "Resamples",
     "SharePrefix",
     "SkipBadImages",
@@ -136,6 +137,13 @@ Suffix = Annotated[
     str, typer.Option("--suffix", help="Appended to every question of your own data.")
 ]
 Unanswered = Annotated[Missing, typer.Option("--missing", help="Questions without an answer.")]
+Repeat = Annotated[
+    str | None,
+    typer.Option(
+        "--repeat",
+        help="Answer again with these batch sizes, such as 1,4, and count what changes.",
+    ),
+]
 SkipBadImages = Annotated[
     bool,
     typer.Option("--skip-bad-images", help="Exit 0 although images had to be left out."),

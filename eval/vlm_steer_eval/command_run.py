@@ -40,7 +40,9 @@ def run_and_show(task: "Task", run: "RunOptions", *, share_prefix: bool = False)
     """
     from vlm_steer.loading import load_model
 
+    from .files import write_json
     from .pipeline import run_benchmark
+    from .repeat import parse_sizes, repeat_lines, repeat_run
     from .runner import run_arms
     from .workers import workers_from_environment
 
@@ -54,6 +56,8 @@ def run_and_show(task: "Task", run: "RunOptions", *, share_prefix: bool = False)
                 "each of which has a device of its own; leave it out"
             )
         loading = {**loading, "device_map": workers.device}
+    if run.repeat is not None and workers.size > 1:
+        raise ConfigError("--repeat runs in one process; leave it out, or run it by itself")
     model, processor = load_model(run.model, **loading)
     shared: dict[str, Any] = {
         "model_name": run.model,
@@ -77,6 +81,18 @@ def run_and_show(task: "Task", run: "RunOptions", *, share_prefix: bool = False)
         **shared,
     )
     typer.echo(result.table, nl=False)
+    if run.repeat is not None:
+        report = repeat_run(
+            task,
+            run.arms(),
+            model,
+            processor,
+            result.run,
+            parse_sizes(run.repeat, run.batch_size),
+            **{name: value for name, value in shared.items() if name != "workers"},
+        )
+        write_json(run.output / "repeat.json", report)
+        typer.echo("\n".join(repeat_lines(report)))
     typer.echo(f"results: {run.output}")
     failures = result.run.failures
     for failure in failures[:_SHOWN_FAILURES]:
@@ -92,8 +108,12 @@ def run_and_show(task: "Task", run: "RunOptions", *, share_prefix: bool = False)
 
 def check_early(run: "RunOptions") -> None:
     """Report a misspelt arm or contradictory settings before anything slow begins."""
+    from .repeat import parse_sizes
+
     run.arms()
     run.settings()
+    if run.repeat is not None:
+        parse_sizes(run.repeat, run.batch_size)
 
 
 def loading_options(

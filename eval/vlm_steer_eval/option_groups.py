@@ -21,6 +21,7 @@ from .command_options import (
     Methods,
     OutputFolder,
     PresetName,
+    Repeat,
     Resamples,
     SkipBadImages,
     Temperature,
@@ -55,6 +56,7 @@ class RunOptions(groups.Loading):
     resamples: Resamples = 10_000
     batch_size: BatchSize = 16
     skip_bad_images: SkipBadImages = False
+    repeat: Repeat = None
     applied: AppliedPreset | None = None
 
     def arms(self) -> "list[Arm]":
