@@ -156,7 +156,7 @@ class TuningStudy:
         Args:
             meter: measures a setting.
             baseline: the unsteered model on the same data.
-            tell: told every result in a line.
+            tell: told every result in a line, those of other workers too.
             wait: whether to stay until other workers have finished too, and to take over what
                 they leave behind.
 
@@ -164,14 +164,20 @@ class TuningStudy:
             DataError: the disk is full or an answer log is damaged; finished trials are kept.
             SteerError: memory runs out with a batch of one.
         """
+        told = {t.number for t in self.trials() if t.state.is_finished()}
+        if told:
+            tell(f"{len(told)} of {self._n_trials} settings are known already")
         while True:
             claimed = self._claim()
+            if claimed is not None and claimed[1]:
+                self._try(*claimed, meter, baseline)
+            for trial in self.trials():
+                if trial.state.is_finished() and trial.number not in told:
+                    told.add(trial.number)
+                    tell(self._line(trial))
             if claimed is not None:
-                trial, methods = claimed
-                if methods:
-                    self._try(trial, methods, meter, baseline)
-                tell(self._line(trial.number))
-            elif wait and self._running():
+                continue
+            if wait and self._running():
                 time.sleep(_POLL_SECONDS)
             else:
                 return
@@ -385,10 +391,9 @@ class TuningStudy:
     def _lock_of(self, worker: str) -> Path:
         return self.folder / "workers" / f"{worker}.lock"
 
-    def _line(self, number: int) -> str:
-        trial = self._study.get_trials(deepcopy=False)[number]
+    def _line(self, trial: Any) -> str:
         n_done = len([t for t in self.trials() if t.state.is_finished()])
-        head = f"trial {number} ({n_done} of {self._n_trials})"
+        head = f"trial {trial.number} ({n_done} of {self._n_trials})"
         setting = ", ".join(f"{k} {_short(v)}" for k, v in trial.params.items())
         if REFUSED in trial.user_attrs:
             return f"{head}: {setting}: refused: {trial.user_attrs[REFUSED]}"
