@@ -109,7 +109,7 @@ def read_choice(text: str, options: str, parser: MmvpParser = "robust") -> str |
     if parser == "lmms_eval":
         return _read_lmms_eval(text)
     opening = _LETTER.match(text)
-    marked = {(first or second).lower() for first, second in _MARKED.findall(text)}
+    marked: set[str] = {(first or second).lower() for first, second in _MARKED.findall(text)}
     named: set[str] = {
         letter.lower()
         for letter, words in _OPTIONS.findall(options)
@@ -118,7 +118,7 @@ def read_choice(text: str, options: str, parser: MmvpParser = "robust") -> str |
     if len(marked) == 1:
         return marked.pop()
     if opening is not None and not marked and (_is_bare(text) or opening[1].lower() in named):
-        return str(opening[1]).lower()
+        return opening[1].lower()
     return named.pop() if len(named) == 1 and not marked else None
 
 
