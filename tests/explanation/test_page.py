@@ -17,6 +17,7 @@ from vlm_steer.engine.hooks import Columns
 from vlm_steer.explanation.payload import SCHEMA, payload
 from vlm_steer.explanation.words import split_words
 
+HEADS = ("the head most on the image", "the second such head", "the third such head")
 HOSTILE = (
     "</script><script>document.title='owned'</script> <img src=x onerror=alert(1)> & \u2028 end"
 )
@@ -69,11 +70,23 @@ def test_a_heat_map_can_be_computed_from_the_page_alone(result):
 
 def test_bands_of_layers_average_to_all_of_them(result):
     maps = payload(result)["arms"][0]["maps"]
-    assert maps["bands"] == ["all layers", *(f"layer {i}" for i in range(6))]
-    rows = np.frombuffer(base64.b64decode(maps["data"]), dtype=np.uint8).reshape(-1, 7, 64)
-    tops = np.array(maps["tops"]).reshape(-1, 7, 1)
+    assert maps["bands"] == ["all layers", *(f"layer {i}" for i in range(6)), *HEADS]
+    rows = np.frombuffer(base64.b64decode(maps["data"]), dtype=np.uint8).reshape(-1, 10, 64)
+    tops = np.array(maps["tops"]).reshape(-1, 10, 1)
     values = rows / 255 * tops
-    np.testing.assert_allclose(values[:, 1:].mean(axis=1), values[:, 0], atol=tops.max() / 200)
+    np.testing.assert_allclose(values[:, 1:7].mean(axis=1), values[:, 0], atol=tops.max() / 200)
+
+
+def test_the_heads_most_on_the_image_have_maps_of_their_own(result):
+    maps = payload(result)["arms"][1]["maps"]
+    row = 2 * len(maps["bands"]) + 7
+    values = np.frombuffer(base64.b64decode(maps["data"]), dtype=np.uint8).reshape(-1, 64)[row]
+    layer, head = np.unravel_index(result.head_map(2).argmax(), (6, 6))
+    tokens = result.words[2].tokens
+    expected = result.arm.trace.maps[slice(*tokens), layer, head].mean(0)
+    np.testing.assert_allclose(
+        values / 255 * maps["tops"][row], expected, atol=maps["tops"][row] / 200
+    )
 
 
 def test_sinks_are_kept_beside_the_maps(result):
@@ -82,8 +95,8 @@ def test_sinks_are_kept_beside_the_maps(result):
     sinks[:, trace.layout.image_columns[7]] = True
     arm = replace(result.arm, trace=replace(trace, sinks=sinks))
     maps = payload(replace(result, arms=(arm,)))["arms"][0]["maps"]
-    rows = np.frombuffer(base64.b64decode(maps["data"]), dtype=np.uint8).reshape(-1, 7, 64)
-    kept = np.frombuffer(base64.b64decode(maps["sink_values"]), dtype="<f4").reshape(-1, 7)
+    rows = np.frombuffer(base64.b64decode(maps["data"]), dtype=np.uint8).reshape(-1, 10, 64)
+    kept = np.frombuffer(base64.b64decode(maps["sink_values"]), dtype="<f4").reshape(-1, 10)
     assert maps["sinks"] == [7]
     assert not rows[..., 7].any()
     tokens = slice(*arm.words[0].tokens)

@@ -4,7 +4,7 @@ import base64
 import io
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -14,13 +14,15 @@ from torch import Tensor
 from vlm_steer.engine.geometry import Places
 from vlm_steer.explanation.checks import Check
 from vlm_steer.explanation.result import Arm, ExplainResult
-from vlm_steer.explanation.words import differing
+from vlm_steer.explanation.words import Word, differing
 
 __all__ = ["SCHEMA", "payload"]
 
 SCHEMA = "vlm_steer.explain/1"
 
-_BANDS = (6, 4, 3, 2, 1)
+_PLANS = ((6, 3), (6, 0), (4, 0), (3, 0), (2, 0), (1, 0))
+"""Bands of layers and single heads to keep maps of, best first."""
+_HEAD_NAMES = ("the head most on the image", "the second such head", "the third such head")
 _MAP_BYTES = 2_600_000
 """Of all maps together, before they are written as text, which takes a third more."""
 _PICTURE_SIDE = 900
@@ -33,9 +35,7 @@ def payload(result: ExplainResult) -> dict[str, Any]:
     with sinks left out; attention to sinks is kept beside them as little-endian float32.
     """
     notes: list[str] = []
-    n_bands, n_words = _budget(result, notes)
-    others = [[], *(arm.words for arm in result.arms)]
-    pairs = zip(result.arms, [*others[2:], *others[1:2]], strict=True)
+    budget = _budget(result, notes)
     return {
         "schema": SCHEMA,
         "prompt": result.prompt,
@@ -44,37 +44,45 @@ def payload(result: ExplainResult) -> dict[str, Any]:
         "why_no_map": result.why_no_map,
         "thresholds": dict(result.thresholds),
         "arms": [
-            _arm(arm, other if len(result.arms) > 1 else arm.words, n_bands, n_words)
-            for arm, other in pairs
+            _arm(arm, other.words, budget)
+            for arm, other in zip(result.arms, reversed(result.arms), strict=True)
         ],
         "notes": notes,
         "provenance": dict(result.provenance),
     }
 
 
-def _budget(result: ExplainResult, notes: list[str]) -> tuple[int, int]:
-    """How many bands of layers, and maps of how many words, fit into the page."""
+class _Budget(NamedTuple):
+    """Maps that fit into the page: in bands of layers, of single heads, of how many words."""
+
+    bands: int
+    heads: int
+    words: int
+
+
+def _budget(result: ExplainResult, notes: list[str]) -> _Budget | None:
     if result.places is None:
-        return 0, 0
+        return None
     words = max((len(arm.words) for arm in result.arms), default=0)
     depth = len(result.arm.trace.map_layers)
     per_map = len(result.places.boxes) * len(result.arms)
-    for bands in _BANDS:
-        maps = words * (bands + 1 if bands > 1 else 1)
-        if bands <= max(depth, 1) and per_map * maps <= _MAP_BYTES:
-            if bands < min(_BANDS[0], depth):
+    for most, heads in _PLANS:
+        bands = min(most, depth)
+        maps = heads + (bands + 1 if bands > 1 else 1)
+        if per_map * maps * words <= _MAP_BYTES:
+            if bands < min(_PLANS[0][0], depth):
                 notes.append(f"to keep the page small, maps are averaged over {_in_bands(bands)}")
-            return bands, words
+            return _Budget(bands, heads, words)
     fitting = _MAP_BYTES // per_map
     notes.append(f"to keep the page small, only the first {fitting} words have maps")
-    return 1, fitting
+    return _Budget(1, 0, fitting)
 
 
 def _in_bands(bands: int) -> str:
     return "all layers" if bands == 1 else f"{bands} bands of layers"
 
 
-def _arm(arm: Arm, others: Sequence[Any], n_bands: int, n_words: int) -> dict[str, Any]:
+def _arm(arm: Arm, others: Sequence[Word], budget: _Budget | None) -> dict[str, Any]:
     trace = arm.trace
     heads = torch.stack([_mean(trace.image_mass, w.tokens) for w in arm.words] or [torch.zeros(0)])
     data: dict[str, Any] = {
@@ -103,34 +111,34 @@ def _arm(arm: Arm, others: Sequence[Any], n_bands: int, n_words: int) -> dict[st
         "heads": _bytes(heads.flatten(1) if arm.words else heads[None]),
         "checks": {str(number): _check(check) for number, check in arm.checks.items()},
     }
-    return data | {"maps": _maps(arm, n_bands, n_words) if n_bands else None}
+    return data | {"maps": None if budget is None else _maps(arm, budget)}
 
 
 def _mean(values: Tensor, tokens: tuple[int, int]) -> Tensor:
     return values[slice(*tokens)].mean(dim=0)
 
 
-def _maps(arm: Arm, n_bands: int, n_words: int) -> dict[str, Any]:
-    """Maps of the words, averaged over heads, in bands of layers; the first band is all of them."""
+def _maps(arm: Arm, budget: _Budget) -> dict[str, Any]:
+    """Maps of the words: over all layers and heads, in bands of layers, of single heads."""
     trace = arm.trace
     depth = len(trace.map_layers)
-    edges = np.linspace(0, depth, n_bands + 1).round().astype(int).tolist() if n_bands > 1 else []
-    bands = [(0, depth), *itertools.pairwise(edges)]
-    words = arm.words[:n_words]
-    by_layer = [
-        _mean(trace.maps, word.tokens).mean(dim=1) for word in words if trace.maps is not None
-    ]
-    maps = torch.stack(
-        [torch.stack([m[slice(*band)].mean(dim=0) for band in bands]) for m in by_layer]
-        or [torch.zeros(len(bands), 0)]
-    )
-    sinks = arm.sinks.nonzero().flatten() if words else torch.zeros(0, dtype=torch.long)
+    bands = [(0, depth)]
+    if budget.bands > 1:
+        edges = np.linspace(0, depth, budget.bands + 1).round().astype(int).tolist()
+        bands += itertools.pairwise(edges)
+    names = ["all layers", *(_layers(trace.map_layers[slice(*band)]) for band in bands[1:])]
+    names += _HEAD_NAMES[: budget.heads]
+    words = arm.words[: budget.words] if trace.maps is not None else ()
+    maps = torch.zeros(len(words), len(names), len(arm.sinks))
+    for rows, word in zip(maps, words, strict=True):
+        by_head = _mean(cast("Tensor", trace.maps), word.tokens)
+        for row, band in zip(rows, bands, strict=False):
+            row.copy_(by_head[slice(*band)].mean(dim=(0, 1)))
+        heads = by_head.flatten(0, 1)
+        rows[len(bands) :] = heads[heads.sum(dim=1).topk(budget.heads).indices]
+    sinks = arm.sinks.nonzero().flatten()
     at_sinks = maps[..., sinks].numpy().astype("<f4").tobytes()
     maps[..., sinks] = 0
-    names = ["all layers"]
-    for start, stop in bands[1:]:
-        first, last = trace.map_layers[start], trace.map_layers[stop - 1]
-        names.append(f"layer {first}" if first == last else f"layers {first} to {last}")
     return {
         "bands": names,
         "n_words": len(words),
@@ -138,6 +146,11 @@ def _maps(arm: Arm, n_bands: int, n_words: int) -> dict[str, Any]:
         "sinks": sinks.tolist(),
         "sink_values": base64.b64encode(at_sinks).decode("ascii"),
     }
+
+
+def _layers(layers: Sequence[int]) -> str:
+    first, last = layers[0], layers[-1]
+    return f"layer {first}" if first == last else f"layers {first} to {last}"
 
 
 def _bytes(rows: Tensor) -> dict[str, Any]:
