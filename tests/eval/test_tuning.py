@@ -5,11 +5,12 @@ import multiprocessing
 import os
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 
 from vlm_steer._yaml import parse_yaml
-from vlm_steer.config import resolve
+from vlm_steer.config import find_preset, list_presets, resolve
 from vlm_steer.errors import ConfigError, DataError, UnsupportedModelError
 from vlm_steer_eval.tuning.data import gather, read_sources
 from vlm_steer_eval.tuning.goals import read_goals
@@ -383,12 +384,10 @@ def test_a_wrong_file_is_refused_with_its_line(tmp_path, old, new, message):
     assert str(error.value).startswith(str(path))
 
 
-def test_the_files_of_the_package_are_found_by_name_and_are_no_presets(tmp_path, monkeypatch):
-    from pathlib import Path
-
-    from vlm_steer.config import list_presets
-
+@pytest.mark.parametrize("name", ["pai_captions.yaml", "vcd_answers.yaml"])
+def test_the_files_of_the_package_are_found_by_name_and_are_no_presets(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    plan = read_plan(Path("pai_captions.yaml"))
-    assert plan.goals.metrics == ("chair_i", "recall")
-    assert "pai_captions" not in list_presets()
+    plan = read_plan(Path(name))
+    assert plan.options.data == "tiny"
+    assert {path.name for path in find_preset("pai").parent.glob("tune/*")} >= {name}
+    assert name.removesuffix(".yaml") not in list_presets()
