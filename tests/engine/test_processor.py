@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import vlm_steer
+from tests.contract.settings import heads_for
 from tests.contract.test_contract import hooks_of_ours, two_rows
 from tests.families import zoo
 from vlm_steer.errors import SteerError, UnsupportedModelError
@@ -45,6 +46,17 @@ def test_three_back_ends_give_the_same_tokens(spec: str, way: str) -> None:
         with vlm_steer.steer(family.model, SPECS[spec], backend=backend):  # type: ignore[arg-type]
             assert torch.equal(generate(family, batch, **WAYS[way]), plain)
     assert not torch.equal(generate(family, batch, **WAYS[way]), plain)
+
+
+def test_a_stream_that_would_share_the_users_prompt_passes_it_by_itself() -> None:
+    family = zoo.load("llava")
+    batch = two_rows(family)
+    spec = {"method": "decore", "head_file": heads_for("llava"), "n_heads": 3, "alpha": 4.0}
+    contrast = vlm_steer.LogitsProcessor(family.model, spec, batch)
+    plain = generate(family, batch, logits_processor=[contrast], do_sample=False)
+    with vlm_steer.steer(family.model, spec):
+        assert torch.equal(generate(family, batch, do_sample=False), plain)
+    assert not torch.equal(generate(family, batch, do_sample=False), plain)
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "mllama", "instructblip"])

@@ -493,7 +493,8 @@ class Branches:
         if self._is_first:
             if running.branch.after_user:
                 running.follow_choice(self.call.positive)
-            if running.shares_prompt:
+            # A logits processor has no cache of the user's, only an empty one like it.
+            if running.shares_prompt and kwargs["past_key_values"].get_seq_length() == self._length:
                 shared = caches.without_last(kwargs["past_key_values"])
                 if shared is not None:
                     return self._run_last(owner, running, kwargs, shared)
