@@ -71,10 +71,16 @@ def test_every_kind_of_geometry_gets_heat_maps_and_checks(name: str) -> None:
         assert check.without_image != check.logprob
 
 
-@pytest.mark.parametrize(("name", "reason"), [("instructblip", "learned queries"), ("mllama", "")])
-def test_families_without_places_are_explained_without_heat_maps(name: str, reason: str) -> None:
-    result = explained(name)
+def test_keys_of_cross_attention_have_heat_maps_but_no_checks() -> None:
+    result = explained("mllama")
+    assert float(result.heatmap(0).sum()) > 0
+    assert not result.arm.checks
+    assert "not made for this word" in result.to_html()
+
+
+def test_a_family_without_places_is_explained_without_heat_maps() -> None:
+    result = explained("instructblip")
     assert result.places is None
-    assert reason in result.why_no_map
+    assert "learned queries" in result.why_no_map
     assert result.head_map(0).shape == (zoo.LAYERS, zoo.HEADS)
     assert "There is no heat map" in result.to_html()

@@ -229,7 +229,8 @@ class _Seen:
         maps = self.records.get(Maps.name)
         layers = tuple(sorted(bounds[Masses.name].layers))
         found = [self.marks[bounds[Masses.name].index, layer] for layer in layers]
-        n_image = layout.image_columns.shape[0]
+        is_cross = self.plan.model.has_cross_attention
+        n_image = 0 if is_cross else layout.image_columns.shape[0]
         return Trace(
             text=text,
             ids=ids,

@@ -36,7 +36,7 @@ _STRAY = 0.35
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Places:
-    """The places of the image tokens of one picture.
+    """The places of the image tokens of one picture; of its keys, where it is seen across.
 
     Attributes:
         boxes: ``[tokens, 4]`` float64: left, top, right and bottom edge in pixels of the picture,
@@ -84,7 +84,7 @@ def _coverage(start: Tensor, end: Tensor, length: int) -> Tensor:
 
 
 def place_tokens(info: ModelInfo, prepare: Prepare, size: tuple[int, int]) -> Places:
-    """Find the places of the image tokens of a picture.
+    """Find the places of the image tokens of a picture, or of its keys in cross-attention layers.
 
     Args:
         info: The model.
@@ -94,11 +94,12 @@ def place_tokens(info: ModelInfo, prepare: Prepare, size: tuple[int, int]) -> Pl
     Raises:
         UnsupportedModelError: The image tokens have no places, or these cannot be told.
     """
-    if info.has_cross_attention:
-        raise _placeless("the image is seen through cross-attention and has no tokens")
     view = _View.of(prepare, size)
     count = int(is_image_token(view.inputs["input_ids"], info.image_token_ids).sum())
-    if hasattr(info.model.config, "image_grid_pinpoints"):
+    if info.has_cross_attention:
+        boxes = _cross_boxes(info.model, view)
+        count = len(boxes)
+    elif hasattr(info.model.config, "image_grid_pinpoints"):
         boxes = _packed_boxes(info.model, view)
     else:
         boxes = _grid_boxes(info.geometry, view, count)
@@ -145,6 +146,11 @@ class _View(NamedTuple):
         span = span.where(is_inside, torch.ones_like(span))
         return cls((x - low) / span * width, (y - low) / span * height, is_inside, inputs, size)
 
+    def reshaped(self, shape: Sequence[int]) -> "_View":
+        """The same values in another shape."""
+        x, y, is_inside = (part.reshape(shape) for part in self[:3])
+        return self._replace(x=x, y=y, is_inside=is_inside)
+
 
 def _grey(shade: Any) -> Image.Image:
     return Image.fromarray((shade * _BRIGHTEST).round().astype(np.uint8)).convert("RGB")
@@ -187,9 +193,7 @@ def _tiles(view: _View) -> _View | None:
         shape = shape[1:]
     if len(shape) != 4 or shape[1] != 3:
         return None
-    return view._replace(
-        x=view.x.reshape(shape), y=view.y.reshape(shape), is_inside=view.is_inside.reshape(shape)
-    )
+    return view.reshaped(shape)
 
 
 class _Line(NamedTuple):
@@ -340,6 +344,18 @@ def _packed_boxes(model: Any, view: _View) -> Tensor:
     packed, _ = pack(**{name: value for name, value in options.items() if name in known})
     base, grid = packed[0][: side * side], packed[0][side * side :]
     return torch.cat([base, _widened(grid)])
+
+
+def _cross_boxes(model: Any, view: _View) -> Tensor:
+    """Boxes of the keys of cross-attention layers: tile by tile, a class token and its patches."""
+    if view.x.ndim != 6 or view.x.shape[:2] != (1, 1):
+        raise _placeless("the image is seen through cross-attention, and not in tiles")
+    shape = view.x.shape[2:]
+    tiles = view.reshaped(shape)
+    side = int(_vision(model, "image_size")) // int(_vision(model, "patch_size"))
+    nowhere = torch.full((1, 4), math.nan, dtype=torch.float64)
+    parts = [_tile_boxes(tiles, i, (side, side)) for i in range(shape[0])]
+    return torch.cat([torch.cat([nowhere, part]) for part in parts])
 
 
 def _vision(model: Any, name: str) -> Any:

@@ -128,7 +128,8 @@ def explain(
             risk=word_risks(trace, words, fitted, evidence),
             position=position_risk(trace, words),
         )
-        if places is not None:
+        # Single keys of cross-attention layers cannot be cut off.
+        if places is not None and not info.has_cross_attention:
             without = (
                 dictated(model, processor, inputs, trace.ids, chosen)
                 if chosen
