@@ -84,23 +84,20 @@ def measure_layer(
         tokens: Length of the prompt, above 64; all but 64 tokens are image.
         heads: Attention heads.
         head_dim: Width of a head.
-        repeats: Timings of each; medians are compared.
+        repeats: Timings of each, every one beside one of the kernel; medians of the ratios are
+            reported.
     """
     prompt = _layer(tokens, tokens, heads, head_dim)
     step = _layer(1, tokens, heads, head_dim)
     costs = []
     for phase, layer in (("prefill", prompt), ("decode", step)):
-        base = _seconds(lambda layer=layer: _stock(layer), repeats)  # type: ignore[misc]
         for method, published, here in (
             ("pai", _pai_published, _pai_here),
             ("var", _var_published, _var_here),
         ):
             torch.testing.assert_close(published(layer), here(layer), rtol=1e-3, atol=1e-4)
-            times = [
-                _seconds(lambda way=way, layer=layer: way(layer), repeats)  # type: ignore[misc]
-                for way in (published, here)
-            ]
-            costs.append(LayerCost(method, phase, tokens, times[0] / base, times[1] / base))
+            ratios = [_ratio(way, layer, repeats) for way in (published, here)]
+            costs.append(LayerCost(method, phase, tokens, *ratios))
     return costs
 
 
@@ -115,14 +112,16 @@ def _layer(rows: int, keys: int, heads: int, head_dim: int) -> _Layer:
     return _Layer(query, key, value, is_image, is_sink)
 
 
-def _seconds(work: Callable[[], object], repeats: int) -> float:
-    work()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def _ratio(way: Callable[[_Layer], Tensor], layer: _Layer, repeats: int) -> float:
+    """Median ratio to the stock kernel, each timing beside one of it."""
+    pairs = [(_seconds(_stock, layer), _seconds(way, layer)) for _ in range(repeats + 1)]
+    return statistics.median(mine / base for base, mine in pairs[1:])  # the first round warms up
+
+
+def _seconds(work: Callable[[_Layer], Tensor], layer: _Layer) -> float:
+    start = time.perf_counter()
+    work(layer)
+    return time.perf_counter() - start
 
 
 def _stock(layer: _Layer) -> Tensor:
@@ -147,11 +146,11 @@ def _pai_published(layer: _Layer) -> Tensor:
 def _var_published(layer: _Layer) -> Tensor:
     weights = _all_scores(layer).softmax(dim=-1, dtype=torch.float32)
     rows = slice(layer.first_text_row, None)
-    is_row = torch.ones((1, weights.shape[2]), dtype=torch.bool)
+    is_row = torch.ones((1, layer.query.shape[2] - layer.first_text_row), dtype=torch.bool)
     for head in range(weights.shape[1]):
         one = weights[:, head : head + 1, rows].clone()
         weights[:, head : head + 1, rows] = F.redistribute_sinks(
-            one, layer.is_sink, layer.is_image, is_row[:, rows], **_VAR
+            one, layer.is_sink, layer.is_image, is_row, **_VAR
         )
     return weights @ layer.value
 
