@@ -74,7 +74,10 @@ ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 MROPE = {"rope_parameters": ROPE}
 WHOLE_ROPE = {"rope_parameters": {**ROPE, "partial_rotary_factor": 1.0}}
 DEEPSTACK = {"vision_config": {"deepstack_visual_indexes": [0]}}
+VISION_MARKS = {"vision_start_token_id": zoo.START, "vision_end_token_id": zoo.END}
 HYBRID = {"text_config": {"layer_types": ["linear_attention", "full_attention"] * 2}}
+# Image tokens are merged once inside the vision tower, behind its layer of that index.
+MERGING = {**HYBRID, "insert_layer_id": 0}
 FIELDS: Mapping[str, dict[str, Any]] = MappingProxyType(
     {
         "aria": {
@@ -160,8 +163,98 @@ FIELDS: Mapping[str, dict[str, Any]] = MappingProxyType(
         "paddleocr_vl": {"text_config": MROPE},
         "muse_glimmer": {"out_hidden_size": 4 * zoo.HIDDEN},
         "qwen3_vl_moe": DEEPSTACK,
-        **dict.fromkeys(["minicpm_ocr", "minicpmv4_6", "minicpmv4_7"], HYBRID),
+        "minicpm_ocr": HYBRID,
+        "minicpmv4_6": MERGING,
+        "minicpmv4_7": MERGING,
         **dict.fromkeys(["qwen3_5", "qwen3_5_moe"], HYBRID),
+        "chameleon": {
+            "vocabulary_map": {
+                "<image>": zoo.IMAGE,
+                **{
+                    f"IMGIMG{a}{b}Z": 100 + 8 * i + j
+                    for i, a in enumerate("ABCD")
+                    for j, b in enumerate("ABCDEFGH")
+                },
+            },
+            "vq_config": {
+                "base_channels": 32,
+                "channel_multiplier": [1, 1, 1, 1],
+                "latent_channels": 32,
+                "num_embeddings": 32,
+                "embed_dim": 32,
+                "resolution": zoo.SIDE,
+                "num_res_blocks": 1,
+            },
+        },
+        "dots3_note": {
+            "text_config": {
+                "num_key_value_heads": zoo.HEADS,
+                "shared_experts_intermediate_size": 16,
+                "index_topk": 64,
+                "swa_q_lora_rank": 16,
+                "swa_kv_lora_rank": 16,
+                "swa_head_dim": 2 * zoo.HEAD_DIM,
+                "swa_qk_nope_head_dim": zoo.HEAD_DIM,
+                "swa_v_head_dim": zoo.HEAD_DIM,
+                "swa_num_attention_heads": zoo.HEADS,
+                "swa_num_key_value_heads": zoo.HEADS,
+            },
+            "vision_config": {
+                "mlp_layer_types": ["dense"] * 2,
+                "adapter_in_dim": zoo.HIDDEN,
+                "adapter_out_dim": zoo.HIDDEN,
+            },
+            "audio_config": {
+                "adapter_input_size": zoo.HIDDEN,
+                "adapter_out_dim": zoo.HIDDEN,
+                "downsample_hidden_size": 8,
+                "feature_size": 16,
+            },
+        },
+        "granite4_vision": {
+            "vision_config": {"hidden_size": 64, "num_attention_heads": 2},
+            "downsample_rate": "1/2",
+            "deepstack_layer_map": [[-1, 1]],
+            "spatial_target_layers": [0, 1, 2, 3],
+            "image_grid_pinpoints": zoo.PINPOINTS,
+        },
+        "kosmos-2": {"latent_query_num": 4},
+        "muse_spark": {
+            "out_hidden_size": 4 * zoo.HIDDEN,
+            "audio_config": {
+                "num_hidden_layers": 4,
+                "hidden_sizes": [8] * 4,
+                "depths": [1] * 4,
+                "out_hidden_size": zoo.HIDDEN,
+            },
+        },
+        "nemotron_h_omni": {"image_token_id": zoo.IMAGE, "vision_hidden_size": zoo.HIDDEN},
+        "qwen2_5_omni_thinker": {
+            **VISION_MARKS,
+            "audio_config": {"encoder_attention_heads": 2},
+            "text_config": MROPE,
+            "vision_config": {"window_size": 32, "fullatt_block_indexes": [1]},
+        },
+        "qwen3_omni_moe_thinker": {
+            **VISION_MARKS,
+            "audio_config": {"encoder_attention_heads": 2, "downsample_hidden_size": 8},
+            "text_config": MROPE,
+            **DEEPSTACK,
+        },
+        "qwen4_exp": {
+            "text_config": {
+                "indexer_n_heads": 2,
+                "indexer_kv_heads": 1,
+                "indexer_head_dim": zoo.HEAD_DIM,
+                "indexer_budget": 256,
+                "indexer_compress_ratio": 4,
+                "hc_count": 2,
+                "hc_lowrank": 8,
+                "layer_types": ["linear_attention", "indexed_attention"] * 2,
+                **MROPE,
+            }
+        },
+        "shieldgemma2": {"mm_tokens_per_image": 4},
         "step3p7": {"text_config": {"sliding_window": 12}},
         "vipllava": {"vision_feature_layers": [-2, -1]},
     }
@@ -345,6 +438,18 @@ def _masked_tiles(config: PreTrainedConfig) -> Look:
     return look
 
 
+def _listed_patches(config: PreTrainedConfig) -> Look:
+    """Nemotron: the patches of all images in one list, with the sides of each grid."""
+    plain = _tile(4, config)
+
+    def look(pictures: zoo.Pictures) -> tuple[list[list[int]], Inputs]:
+        blocks, tensors = plain(pictures)
+        patches = _patches(tensors["pixel_values"]).flatten(0, 1)
+        return blocks, {"pixel_values": patches, "image_grid_hw": _sides(len(pictures))}
+
+    return look
+
+
 LookOf = Callable[[PreTrainedConfig], Look]
 IMAGES: Mapping[str, LookOf] = MappingProxyType(
     {
@@ -354,7 +459,9 @@ IMAGES: Mapping[str, LookOf] = MappingProxyType(
         "cohere_compass": _grid,
         "cosmos3_edge": _grid,
         "cosmos3_omni": _grid,
+        "chameleon": functools.partial(_tile, 16),
         "deepseek_vl": functools.partial(_tile, 16),
+        "dots3_note": _grid,
         "ernie4_5_vl_moe": _grid,
         "exaone4_5": _grid,
         "glm46v": _grid,
@@ -372,9 +479,11 @@ IMAGES: Mapping[str, LookOf] = MappingProxyType(
         "gemma4": functools.partial(_placed_patches, 4),
         "gemma4_unified": functools.partial(_placed_patches, 16),
         "hunyuan_vl": _row_marks,
+        "granite4_vision": lambda config: zoo.anyres(2),
         "granite_docling": _masked_tiles,
         "inkling2": _merged_tiles,
         "kimi_k25": functools.partial(_grid, flat=False),
+        "kosmos-2": functools.partial(_tile, 4),
         "lfm2_vl": _padded_patches,
         "minicpm_ocr": functools.partial(_strip, 4),
         "minicpmv4_6": functools.partial(_strip, 1),
@@ -386,13 +495,19 @@ IMAGES: Mapping[str, LookOf] = MappingProxyType(
         "llava_next_video": lambda config: zoo.anyres(),
         "minimax_m3_vl": _grid,
         "muse_glimmer": _grid,
+        "muse_spark": _grid,
+        "nemotron_h_omni": _listed_patches,
         "ovis2": functools.partial(_tile, 16),
         "paddleocr_vl": functools.partial(_grid, flat=False),
         "pp_chart2table": functools.partial(_tile, 1),
         "qianfan_ocr": functools.partial(_tile, 4),
+        "qwen2_5_omni_thinker": _grid,
         "qwen3_5": _grid,
         "qwen3_5_moe": _grid,
+        "qwen3_omni_moe_thinker": _grid,
         "qwen3_vl_moe": _grid,
+        "qwen4_exp": _grid,
+        "shieldgemma2": functools.partial(_tile, 4),
         "step3p7": functools.partial(_tile, 1),
         "video_llama_3": functools.partial(_grid, merges=True),
         "video_llava": functools.partial(_tile, 16),
@@ -424,40 +539,37 @@ NOT_BUILT: Mapping[str, str] = MappingProxyType(
             ],
             "encoder-decoder: the prompt is not in the decoder's sequence",
         ),
-        **dict.fromkeys(["chameleon", "emu3"], "image tokens are codes of a learned codebook"),
-        **dict.fromkeys(
-            ["blip", "idefics", "instructblipvideo", "kosmos-2"],
-            "no text-only prompt, and a pixel layout of its own",
-        ),
-        **dict.fromkeys(
-            [
-                "dots3_note",
-                "granite4_vision",
-                "inkling_mm_model",
-                "muse_spark",
-                "qwen2_5_omni_thinker",
-                "qwen3_omni_moe_thinker",
-                "qwen4_exp",
-            ],
-            "the default configuration is incomplete, or has sizes that no field-name rule shrinks",
-        ),
+        "blip": "its text decoder has an attention of its own",
         "diffusion_gemma": "generates by diffusion over blocks, not token by token",
-        "git": "a post-norm decoder: no final norm to set the scale of the logits by",
-        "nemotron_h_omni": "does not name its output embeddings",
+        "emu3": "image tokens are codes of a learned codebook, between marks of the lines",
         "evolla": "reads proteins, not images",
+        "git": "its text decoder has an attention of its own",
+        "idefics": "names no image token",
+        "inkling_mm_model": "a vision tower of billions of weights, whose sizes no field shrinks",
+        "instructblipvideo": "names no image token",
         "mistral4": "a text-only language model",
         "pi0": "its outputs are robot actions",
-        "shieldgemma2": "the gemma3 model under another name",
     }
 )
 """Image-text-to-text families of transformers that the zoo leaves out, with the reason."""
 
 
 REFUSED: Mapping[str, str] = MappingProxyType(
-    dict.fromkeys(
-        ["florence2", "pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder"],
-        "is an encoder-decoder",
-    )
+    {
+        **dict.fromkeys(
+            [
+                "florence2",
+                "pix2struct",
+                "pp_formulanet",
+                "t5gemma2",
+                "udop",
+                "vision-encoder-decoder",
+            ],
+            "is an encoder-decoder",
+        ),
+        **dict.fromkeys(["blip", "git"], "no attention in"),
+        **dict.fromkeys(["idefics", "instructblipvideo", "mistral4"], "names no image token"),
+    }
 )
 """Families that attaching refuses, with a word of the reason. Reviewed: add with care."""
 
@@ -468,7 +580,9 @@ def recipe(name: str) -> Recipe:
     layout = IMAGES.get(name)
     mapping: Any = AutoModelForImageTextToText._model_mapping
     forward = inspect.signature(mapping[type(config)].forward)
-    type_keys = [k for k in ("mm_token_type_ids", "token_type_ids") if k in forward.parameters]
+    marks = ["mm_token_type_ids", "token_type_ids"]
+    marks += ["image_embeds_position_mask"] if layout else []
+    type_keys = [key for key in marks if key in forward.parameters]
 
     def types(ids: Tensor, tensors: Inputs) -> Inputs:
         return {key: (ids == zoo.IMAGE).long()[None] for key in type_keys}

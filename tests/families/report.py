@@ -96,7 +96,7 @@ def steer(family: zoo.Family) -> dict[str, Any]:
             steered = _logits(family, batch, OnImage())
             after = int(batch["input_ids"].shape[1]) - 5  # five text tokens end every prompt
             changed = (steered != base).any(dim=-1)
-            before = changed[:, 0] & (seen["prefix"] == "causal")
+            before = changed[:, 0] & is_token[:, 0] & (seen["prefix"] == "causal")
             if not changed[:, after:].any() or before.any():
                 raise AssertionError(f"{family.name}: the rows after the image were not steered")
         if not last.isfinite().any(dim=-1).all():

@@ -60,6 +60,7 @@ PICTURE = (32, 48)
 UNSUPPORTED: Mapping[tuple[str, int], str] = MappingProxyType(
     {
         ("blip-2", 0): "forward requires pixel_values",
+        ("kosmos-2", 0): "forward requires pixel_values or image_embeds",
         ("instructblip", 0): "forward and generate require pixel_values",
         ("instructblip", 2): "the Q-Former pairs each image with one instruction row",
     }
@@ -85,8 +86,10 @@ NO_BEAMS: Mapping[str, str] = MappingProxyType(
 
 UNEQUAL_BATCH: Mapping[str, str] = MappingProxyType(
     dict.fromkeys(
-        ["hunyuan_vl", "minicpmv4_6", "minicpmv4_7"],
-        "a row with an image depends on the padding or on the images of the other rows",
+        ["hunyuan_vl"],
+        "get_rope_index numbers the images of the whole batch through (its `image_index` is set "
+        "to 0 before the loop over rows, not in it), so the image axis of a row's positions "
+        "depends on the rows before it",
     )
 )
 """Families in which a batch with images differs from its rows in unmodified transformers."""
@@ -234,7 +237,14 @@ def extra_families(*, images: bool | None = None) -> tuple[str, ...]:
 
 
 PER_TOKEN = frozenset(
-    {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask"}
+    {
+        "input_ids",
+        "attention_mask",
+        "token_type_ids",
+        "mm_token_type_ids",
+        "cross_attention_mask",
+        "image_embeds_position_mask",
+    }
 )
 """Inputs whose axis 1 is the prompt position; 0 pads all of them (`PAD` included)."""
 
@@ -314,11 +324,21 @@ def _redraw(model: Any, seed: int) -> None:
             experts = "experts" in name  # [experts, out, in], unlike convolutions [out, in, ...]
             fan_in = parameter.shape[-1] if experts else parameter[0].numel()
             parameter.copy_(noise / math.sqrt(fan_in))
-    model.get_output_embeddings().weight[:FIRST_TEXT] *= 0.01
+    head = _output_embeddings(model)
+    head.weight[:FIRST_TEXT] *= 0.01
     # Adding 2 triples the final norm's output under both norm conventions: logits of scale 3.
     modules = model.get_decoder().named_modules()
     norms = [module for name, module in modules if re.fullmatch(FINAL_NORM, name)]
-    norms[-1].weight.add_(2.0)
+    if norms:
+        norms[-1].weight.add_(2.0)
+    else:
+        head.weight.mul_(3.0)
+
+
+def _output_embeddings(model: Any) -> Any:
+    """Of the model, or of the language model inside one that does not name its own."""
+    inner = (getattr(module, "get_output_embeddings", None) for module in model.modules())
+    return next(head for get in inner if get is not None and (head := get()) is not None)
 
 
 def _text(rng: np.random.Generator, count: int) -> list[int]:
@@ -419,15 +439,14 @@ def _image_type_ids(key: str, ids: Tensor, tensors: Inputs) -> Inputs:
     return {key: (ids == IMAGE).long()[None]}
 
 
-def _anyres_tokens(size: Tensor, pinpoints: list[list[int]]) -> int:
+def _anyres_tokens(size: Tensor, pinpoints: list[list[int]], side: int = SIDE // PATCH) -> int:
     """Image tokens of LLaVA-NeXT: base tile, then the grid cropped to the aspect with newlines.
 
     Source: `unpad_image` and `pack_image_features` of transformers' modeling_llava_next.
     """
-    side = SIDE // PATCH
     height, width = (int(value) for value in size)
     best = transformers.image_processing_utils.select_best_resolution((height, width), pinpoints)
-    rows, columns = (int(edge) // PATCH for edge in best)
+    rows, columns = (int(edge) * side // SIDE for edge in best)
     if width / height > columns / rows:
         rows -= 2 * ((rows - int(round(height * columns / width, 7))) // 2)
     else:
@@ -453,8 +472,12 @@ def _llava() -> Recipe:
 PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
 
 
-def anyres() -> Look:
-    """Layout of LLaVA-NeXT: a base tile and a grid of tiles cropped to the picture's aspect."""
+def anyres(side: int = SIDE // PATCH) -> Look:
+    """Layout of LLaVA-NeXT: a base tile and a grid of tiles cropped to the picture's aspect.
+
+    Args:
+        side: tokens along each side of a tile.
+    """
     process = processor(
         "LlavaNextImageProcessorPil",
         size={"shortest_edge": SIDE},
@@ -464,7 +487,7 @@ def anyres() -> Look:
 
     def look(pictures: Pictures) -> tuple[list[list[int]], Inputs]:
         out = process(pictures)
-        lengths = [_anyres_tokens(size, PINPOINTS) for size in out["image_sizes"]]
+        lengths = [_anyres_tokens(size, PINPOINTS, side) for size in out["image_sizes"]]
         return _blocks(lengths, [], []), dict(out)
 
     return look

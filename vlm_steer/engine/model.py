@@ -199,6 +199,9 @@ class ModelInfo:
 
         Returns:
             One ``[1, n_tokens, hidden]`` per layer, the embeddings first.
+
+        Raises:
+            UnsupportedModelError: What the model returns is not its residual stream.
         """
         ids = self.text_only_prompt(n_tokens)
         token = ACTIVE.set(Probe())
@@ -207,7 +210,14 @@ class ModelInfo:
                 output = self.decoder(input_ids=ids, output_hidden_states=True, use_cache=False)
         finally:
             ACTIVE.reset(token)
-        return tuple(one_stream(state) for state in output.hidden_states)
+        states = tuple(one_stream(state) for state in output.hidden_states)
+        widths = sorted({state.shape[-1] for state in states})
+        if len(widths) > 1:
+            raise UnsupportedModelError(
+                f"{self.family} returns hidden states of widths {widths}, not its residual stream, "
+                "so sinks cannot be looked for. Name the dimensions: var with sink_dims."
+            )
+        return states
 
     def text_only_prompt(self, n_tokens: int) -> Tensor:
         """``[1, n_tokens]`` ids: the start token, where there is one, then fillers."""
