@@ -47,6 +47,16 @@ def test_the_saliency_is_that_of_the_eager_attention_of_the_gaze_layer() -> None
         )
 
 
+def test_the_extra_pass_ends_at_the_layer_where_the_gaze_is_followed() -> None:
+    family = zoo.load("llava")
+    passes: list[int] = []
+    for index, layer in enumerate(family.model.get_decoder().layers):
+        layer.mlp.register_forward_hook(lambda *_, index=index: passes.append(index))
+    with torch.no_grad(), vlm_steer.steer(family.model, GIFT(gaze_layer=1)):
+        family.model(**two_rows(family))
+    assert sorted(passes) == [0, 0, 1, 2, 3]
+
+
 def test_every_row_is_fused_by_itself() -> None:
     kinds = [SYSTEM, IMAGE, IMAGE, INSTRUCTION, INSTRUCTION, GENERATED]
     weights = torch.rand(1, 4, 2, 6).softmax(dim=-1)

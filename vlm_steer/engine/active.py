@@ -9,7 +9,11 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from vlm_steer.engine.call import Forward
 
-__all__ = ["ACTIVE", "AttentionSite", "Probe"]
+__all__ = ["ACTIVE", "AttentionSite", "Enough", "Probe"]
+
+
+class Enough(BaseException):
+    """Ends a pass before generation that has told all that was asked."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vlm_steer.engine.active import ACTIVE, Probe
+from vlm_steer.engine.active import ACTIVE, Enough, Probe
 from vlm_steer.engine.call import EditedMask, Forward, Mask, Touch, dense_rows
 from vlm_steer.engine.model import eager_function
 from vlm_steer.engine.plan import Work
@@ -125,6 +125,8 @@ def steered_attention(
     if work.needs_rows:
         rows = Rows(forward, work, module, query, key, value, attention_mask, options)
         rows.tally()
+        if site.layer == forward.last:
+            raise Enough
         if rows.are_all_replaced:
             outputs = rows.recomputed()
         else:

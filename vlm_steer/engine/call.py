@@ -255,12 +255,14 @@ class Forward:
         streams: Streams in this pass, each with its rows of the batch.
         past: Positions already in the cache.
         length: Query rows of this pass.
+        last: Layer after whose tally the pass ends, for one that is run for tallies alone.
     """
 
     call: Call
     streams: tuple[Stream, ...]
     past: int
     length: int
+    last: int | None = None
     observed: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     _columns: dict[tuple[str, int, str, torch.device], Columns] = field(default_factory=dict)
     _row_kinds: dict[tuple[str, int, int, torch.device], Tensor] = field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from contextlib import suppress
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_steer.engine.active import ACTIVE, Probe
+from vlm_steer.engine.active import ACTIVE, Enough, Probe
 from vlm_steer.engine.branches import Backend, Branches, Source
 from vlm_steer.engine.call import Call, Forward, Stream, states_after
 from vlm_steer.engine.describe import write
@@ -257,7 +258,7 @@ class Run:
         def run(seen_by: Probe | Forward, prompt: Mapping[str, Any]) -> None:
             token = ACTIVE.set(seen_by)
             try:
-                with kept_module_state(self.source.model), torch.no_grad():
+                with suppress(Enough), kept_module_state(self.source.model), torch.no_grad():
                     owner(**{**prompt, "use_cache": False, "past_key_values": None})
             finally:
                 ACTIVE.reset(token)
@@ -282,7 +283,8 @@ class Run:
             stream = Stream("positive", call.positive.layout)
             other = Call(make_plan((method,), self.plan.model), stream)
             prompt = self.source.whole_prompt(kwargs, self._past)
-            run(Forward(other, (stream,), 0, n_tokens(prompt)), prompt)
+            last = max(site.layer for site in other.plan.work)
+            run(Forward(other, (stream,), 0, n_tokens(prompt), last), prompt)
             return {layer: tally for (_, layer), tally in stream.tallies.items()}
 
         grid = partial(grid_of, self.plan.model.geometry, columns.kinds, call.grids, call.copies)

@@ -42,7 +42,8 @@ class GIFT(Method):
     English finds; ours at every token of the question, as that code has no answer for questions
     without content words. It takes the image to be one unbroken span and the batch to be one row.
 
-    Cost: one more pass over the prompt per generation; then one attention row per layer and token.
+    Cost: one more pass over the prompt per generation, up to the gaze layer; then one attention row
+    per layer and token.
 
     Attributes:
         alpha: Strength, >= 0; 0 disables. The authors use 5 for LLaVA-1.5 and 4 for Qwen2-VL.
