@@ -72,7 +72,12 @@ def test_every_kind_of_hook_acts_on_every_family(name: str) -> None:
     base = generated(family, batch)
     forced = generated(family, batch, EveryRow())
     assert float((forced - base).abs().nan_to_num().max()) < 1e-4
+    has_mlps = bool(inspect_model(family.model).mlps)
     for hook, method in HOOKS.items():
+        if hook == "mlp" and not has_mlps:
+            with pytest.raises(UnsupportedModelError, match="none was found"):
+                vlm_steer.attach(family.model, method)
+            continue
         if hook == "taps" or (not images and hook in ("branches", "mask")):
             continue  # readouts have a list of their own; these act on images
         steered = generated(family, batch, method)

@@ -76,6 +76,15 @@ UNEQUAL_FORWARD: Mapping[str, str] = MappingProxyType(
 )
 """Families whose plain forward is changed by left padding in unmodified transformers."""
 
+UNEQUAL_DECODING: Mapping[str, str] = MappingProxyType(
+    {
+        "kosmos-2": "create_position_ids_from_input_ids adds the length of the cache, padding "
+        "included, to the count of a generated token, so decoding skips as many positions as the "
+        "row has padding"
+    }
+)
+"""Families whose prompts batch equally, but whose generated tokens depend on left padding."""
+
 NO_BEAMS: Mapping[str, str] = MappingProxyType(
     dict.fromkeys(
         ["llama4", "granite_docling"],

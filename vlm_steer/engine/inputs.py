@@ -311,7 +311,14 @@ def _join_encoded(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 def _join_features(values: Sequence[Any], is_per_layer: bool) -> Any:
     """Join image features: a tensor, one entry per image, or per layer either of these."""
     if is_per_layer:
-        return [_join_features(layer, False) for layer in zip(*values, strict=True)]
+        return [_join_layer(layer) for layer in zip(*values, strict=True)]
     if isinstance(values[0], Tensor):
         return torch.cat(list(values))
     return [feature for value in values for feature in value]
+
+
+def _join_layer(values: Sequence[Any]) -> Any:
+    """Join the features for one decoder layer, with its index in front in some families."""
+    if isinstance(values[0], tuple) and isinstance(values[0][0], int):
+        return values[0][0], _join_features([features for _, features in values], False)
+    return _join_features(values, False)
