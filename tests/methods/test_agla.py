@@ -127,6 +127,13 @@ def test_blanked_tiles_of_padding_stay_padding() -> None:
     assert (changed["pixel_values"][0, 1] == 0).all()
 
 
+def test_a_tile_that_is_blanked_altogether_is_not_taken_for_padding() -> None:
+    family = zoo.load("idefics3")
+    batch = family.batch([family.inputs()])
+    _, seen = recorded(family, AGLA(keep=0.05, blank="mean"), batch, max_new_tokens=1)
+    assert seen[0]["relevant"].isfinite().all()
+
+
 # -- a dual encoder as the matcher ------------------------------------------------------------
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:

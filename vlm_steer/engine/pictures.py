@@ -308,6 +308,8 @@ def _from_patches(
 def _fill(value: Sequence[float], pixels: Tensor) -> Tensor:
     """One number per channel, in the shape of pixels or of the patches of a row."""
     channels = _per_channel(value, pixels)
+    # A tile that is zero throughout would be taken for padding.
+    channels = torch.where(channels == 0, torch.finfo(pixels.dtype).tiny, channels)
     if pixels.ndim == 2:
         return channels.repeat_interleave(pixels.shape[1] // len(value))
     return channels[:, None, None]
