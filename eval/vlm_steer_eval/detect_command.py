@@ -90,7 +90,8 @@ def fit_and_judge(
         folders.append(output if len(detectors) == 1 else output / name)
         fitted[name].save(folders[-1])
     test = data.where(torch.tensor([part == "test" for part in parts]))
-    return _report(evaluate(fitted, test, n_resamples=resamples, seed=seed), output), folders
+    result = evaluate(fitted, test, n_resamples=resamples, seed=seed)
+    return _report(result, data, output), folders
 
 
 def judge(
@@ -114,7 +115,8 @@ def judge(
     looks = {name: fitted.detector for name, fitted in chosen.items()}
     run = Settings(max_new_tokens, method, batch_size)
     data = _labelled(source, model, processor, looks, run, output, model_name)
-    return _report(evaluate(chosen, data, n_resamples=resamples, seed=seed), output)
+    result = evaluate(chosen, data, n_resamples=resamples, seed=seed)
+    return _report(result, data, output)
 
 
 def _labelled(
@@ -131,9 +133,11 @@ def _labelled(
     return data.labelled
 
 
-def _report(result: Mapping[str, Any], output: Path) -> str:
+def _report(result: Mapping[str, Any], data: Collected, output: Path) -> str:
     text = table(result)
-    write_json(output / "detection.json", result)
+    for failure in data.failures:
+        text += f"left out {failure['item']}: {failure['error']}\n"
+    write_json(output / "detection.json", {**result, "excluded": list(data.failures)})
     write_text(output / "table.md", text)
     return text
 

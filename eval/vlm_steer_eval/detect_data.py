@@ -168,7 +168,7 @@ def collect(
         "labels": source.name,
         "detectors": {name: [d.name, d.options()] for name, d in detectors.items()},
     }
-    failures: list[dict[str, str]] = []
+    failures: dict[str, str] = {}
     parts = []
 
     def work(items: Sequence[Item]) -> list[int]:
@@ -177,7 +177,7 @@ def collect(
             try:
                 usable.append((item, item.image.digest()))
             except ImageError as error:
-                failures.append({"item": item.id, "error": str(error)})
+                failures[item.id] = str(error)
         if usable:
             asked = [[item.id, digest, item.prompt, _plain(item.gold)] for item, digest in usable]
             path = folder / f"{content_key({**base, 'asked': asked})[:24]}.safetensors"
@@ -196,8 +196,9 @@ def collect(
             halving(work, batch, len(batch), lambda size: bar.set_postfix(batch=size))
             bar.update(len(batch))
     if not parts:
-        raise DataError(f"none of {len(source.items)} images can be read: {failures[0]['error']}")
-    return _joined(parts, failures)
+        why = next(iter(failures.values()))
+        raise DataError(f"none of {len(source.items)} images can be read: {why}")
+    return _joined(parts, [{"item": item, "error": why} for item, why in failures.items()])
 
 
 def _plain(gold: Mapping[str, Any]) -> dict[str, Any]:

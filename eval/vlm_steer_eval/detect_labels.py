@@ -169,6 +169,8 @@ def labelled_texts(path: Path, images: Path, prompt: str) -> Labelled:
         try:
             text, image = str(row["text"]), str(row["image"])
             spans = [_span(span, text, where) for span in row["spans"]]
+            if not text.strip():
+                raise DataError(f"{where}: the text is empty")
         except (KeyError, TypeError) as error:
             raise DataError(
                 f"{where}: expected image, text and spans of start, end and label ({error!r})"

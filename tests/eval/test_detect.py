@@ -252,6 +252,9 @@ def test_labelled_texts_are_checked_row_by_row(tmp_path):
     path.write_text(json.dumps(row) + "\n")
     (item,) = labelled_texts(path, tmp_path, "Describe.").items
     assert item.gold["spans"] == [(2, 5, 1)]
+    path.write_text(json.dumps({**row, "text": " ", "spans": []}) + "\n")
+    with pytest.raises(DataError, match="row 1: the text is empty"):
+        labelled_texts(path, tmp_path, "Describe.")
     for change, message in (
         ({"label": "wrong"}, "none of hallucinated"),
         ({"end": 99}, "6 characters"),

@@ -27,6 +27,7 @@ STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
 MIN_PER_CLASS = 5
 MAX_COMPONENTS = 512  # as the authors of LapEigvals
 _FEWEST = 1e-12
+_TRIAL_ITERATIONS = 60
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +92,7 @@ def fit_logistic(
     standardise: bool = True,
     is_balanced: bool = True,
     components: int | None = MAX_COMPONENTS,
+    max_iterations: int = 1000,
 ) -> Logistic:
     """Minimise ``|coef|^2 / 2 + strength * sum(weight * loss)``; the intercept is free.
 
@@ -106,6 +108,7 @@ def fit_logistic(
         is_balanced: Weigh both classes alike.
         components: Fit on that many principal components where there are more features; the
             weights returned are those of the features. ``None`` fits on all.
+        max_iterations: Limit of the solver; small problems need a few dozen.
 
     Raises:
         DataError: There are too few units of a class, or features that are not finite.
@@ -127,8 +130,8 @@ def fit_logistic(
     solution = torch.zeros(x.shape[1] + 1, dtype=torch.float64, requires_grad=True)
     solver = torch.optim.LBFGS(
         [solution],
-        max_iter=1000,
-        max_eval=2000,
+        max_iter=max_iterations,
+        max_eval=2 * max_iterations,
         tolerance_grad=1e-9,
         tolerance_change=1e-14,
         history_size=20,
@@ -195,7 +198,10 @@ def choose_strength(
         if min(counts) < MIN_PER_CLASS or not bool(left.any()):
             continue
         for strength in strengths:
-            fitted = fit_logistic(features[kept], labels[kept], strength=strength)
+            # Far from convergence already tells which strength is better.
+            fitted = fit_logistic(
+                features[kept], labels[kept], strength=strength, max_iterations=_TRIAL_ITERATIONS
+            )
             losses[strength] += float(
                 torch.nn.functional.binary_cross_entropy_with_logits(
                     fitted.logits(features[left]), labels[left].double(), reduction="sum"
