@@ -42,6 +42,7 @@ __all__ = [
     "RatingOption",
     "Repeat",
     "Resamples",
+    "RunOutput",
     "SharePrefix",
     "SkipBadImages",
     "Suffix",
@@ -54,6 +55,10 @@ __all__ = [
 ]
 
 OutputFolder = Annotated[Path, typer.Option("--output", help="Folder for the results.")]
+RunOutput = Annotated[
+    Path,
+    typer.Option("--output", help="Folder for the results, or an address such as s3://bucket/run."),
+]
 Methods = Annotated[
     str,
     typer.Option("--methods", help="Arms: a comma separates them, + composes. none is always run."),

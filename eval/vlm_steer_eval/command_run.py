@@ -1,5 +1,6 @@
 """What the commands that run a benchmark have in common."""
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,10 @@ from .choices import NormaliserName
 if TYPE_CHECKING:
     from .chair import Normaliser
     from .option_groups import RunOptions
+    from .parts import RemoteLogs
     from .pope_builder import Strategy
     from .tasks import Task
+    from .workers import Workers
 
 __all__ = [
     "check_early",
@@ -31,24 +34,48 @@ _SHOWN_FAILURES = 10
 
 
 def run_and_show(task: "Task", run: "RunOptions", *, share_prefix: bool = False) -> None:
-    """Load the model, run the benchmark, print its tables.
-
-    One of several processes generates its share only, unless it is the main one.
+    """Load the model, run the benchmark, print its tables; results go to a folder or an address.
 
     Raises:
         DataError: items had to be left out because of their image, after everything else is done.
     """
+    from .parts import RemoteLogs, remote_url
+    from .workers import workers_from_environment
+
+    workers = workers_from_environment()
+    url = remote_url(run.output)
+    if url is None:
+        _run(task, run, workers, run.output, share_prefix=share_prefix)
+        return
+    logs = RemoteLogs(url)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            _run(task, run, workers, Path(folder), logs=logs, share_prefix=share_prefix)
+        finally:
+            logs.publish(Path(folder))
+            if workers.is_main:
+                logs.merge()
+
+
+def _run(
+    task: "Task",
+    run: "RunOptions",
+    workers: "Workers",
+    output: Path,
+    *,
+    logs: "RemoteLogs | None" = None,
+    share_prefix: bool,
+) -> None:
+    """One of several processes generates its share only, unless it is the main one."""
     from vlm_steer.loading import load_model
 
     from .files import write_json
     from .pipeline import run_benchmark
     from .repeat import parse_sizes, repeat_lines, repeat_run
     from .runner import run_arms
-    from .workers import workers_from_environment
 
     settings = run.settings()
     loading = run.loading()
-    workers = workers_from_environment()
     if workers.device is not None:
         if loading["device_map"] is not None:
             raise ConfigError(
@@ -63,9 +90,10 @@ def run_and_show(task: "Task", run: "RunOptions", *, share_prefix: bool = False)
         "model_name": run.model,
         "settings": settings,
         "batch_size": run.batch_size,
-        "output": run.output,
+        "output": output,
         "share_prefix": share_prefix,
         "workers": workers,
+        "logs": logs,
     }
     if not workers.is_main:
         run_arms(task, run.arms(), model, processor, **shared)
@@ -89,19 +117,20 @@ def run_and_show(task: "Task", run: "RunOptions", *, share_prefix: bool = False)
             processor,
             result.run,
             parse_sizes(run.repeat, run.batch_size),
-            **{name: value for name, value in shared.items() if name != "workers"},
+            **{name: value for name, value in shared.items() if name not in ("workers", "logs")},
         )
-        write_json(run.output / "repeat.json", report)
+        write_json(output / "repeat.json", report)
         typer.echo("\n".join(repeat_lines(report)))
-    typer.echo(f"results: {run.output}")
+    shown = run.output if logs is None else logs.url
+    typer.echo(f"results: {shown}")
     failures = result.run.failures
     for failure in failures[:_SHOWN_FAILURES]:
         typer.echo(f"note: left out {failure['item']}: {failure['error']}", err=True)
     if failures and not run.skip_bad_images:
         raise DataError(
             f"{len(failures)} of {len(task.items)} items were left out because of their image "
-            f"(listed under 'excluded' in {run.output / 'scores.json'}); repair the images and run "
-            "the same command again, which adds only what is missing, or accept the loss with "
+            f"(listed under 'excluded' in {shown}/scores.json); repair the images and run the same "
+            "command again, which adds only what is missing, or accept the loss with "
             "--skip-bad-images"
         )
 

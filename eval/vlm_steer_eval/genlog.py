@@ -13,7 +13,7 @@ from vlm_steer.errors import DataError
 
 from .files import reporting_write_errors
 
-__all__ = ["GenerationLog", "content_key", "read_logs"]
+__all__ = ["GenerationLog", "content_key", "parse_log", "read_logs"]
 
 
 def content_key(parts: Mapping[str, Any]) -> str:
@@ -96,7 +96,7 @@ class GenerationLog:
             with reporting_write_errors(self.path):
                 self._file.truncate(len(content) - len(torn))
             self.repaired = True
-        self.records = read_logs(self._beside) | _parsed(self.path, whole)
+        self.records = read_logs(self._beside) | parse_log(self.path, whole)
 
 
 def read_logs(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
@@ -111,11 +111,16 @@ def read_logs(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
             content = path.read_bytes()
         except OSError as error:
             raise DataError(f"{path} cannot be read ({error}); check its permissions") from error
-        records |= _parsed(path, content.rpartition(b"\n")[0])
+        records |= parse_log(path, content.rpartition(b"\n")[0])
     return records
 
 
-def _parsed(path: Path, whole: bytes) -> dict[str, dict[str, Any]]:
+def parse_log(path: object, whole: bytes) -> dict[str, dict[str, Any]]:
+    """Records by key of whole lines; `path` is named in errors.
+
+    Raises:
+        DataError: a line is damaged.
+    """
     records: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(whole.split(b"\n") if whole else (), 1):
         try:

@@ -23,6 +23,7 @@ from .command_options import (
     PresetName,
     Repeat,
     Resamples,
+    RunOutput,
     SkipBadImages,
     Temperature,
     Tokens,
@@ -42,7 +43,7 @@ __all__ = ["AnswerOptions", "RunOptions", "ScoreOptions", "spelled_out"]
 class RunOptions(groups.Loading):
     """What every command that runs a benchmark takes; the field's annotation is the option."""
 
-    output: OutputFolder
+    output: RunOutput
     model: ModelName = "tiny"
     methods: Methods = "none"
     controls: Controls = False

@@ -14,6 +14,7 @@ from .arms import Arm, parse_arms
 from .counts import COUNTS_NAME, write_units
 from .files import write_json, write_rows, write_text
 from .generation import Settings
+from .parts import Logs
 from .presets import AppliedPreset, check_baseline, preset_remarks
 from .reporting import evaluation_blocks
 from .results import evaluate, sample_rows, score_all, units
@@ -59,6 +60,7 @@ def run_benchmark(
     share_prefix: bool = False,
     workers: Workers | None = None,
     preset: AppliedPreset | None = None,
+    logs: Logs | None = None,
 ) -> Evaluation:
     """Evaluate arms on a benchmark and write everything about it into a folder.
 
@@ -81,6 +83,7 @@ def run_benchmark(
         share_prefix: see `run_arms`.
         workers: see `run_arms`; only the main process of several calls this.
         preset: the protocol that the settings come from; a baseline outside its band warns.
+        logs: see `run_arms`.
 
     Raises:
         ConfigError: an arm is unknown.
@@ -98,6 +101,7 @@ def run_benchmark(
         output=output,
         share_prefix=share_prefix,
         workers=workers,
+        logs=logs,
     )
     scores = score_all(task, run)
     summary = evaluate(task, run, scores, n_resamples=n_resamples, seed=seed)

@@ -20,15 +20,15 @@ from .arms import Arm
 from .files import read_json, reporting_write_errors, write_json
 from .fingerprint import model_fingerprint, versions
 from .generation import Generator, Output, Settings, item_seed
-from .genlog import GenerationLog, content_key, read_logs
+from .genlog import content_key
 from .images import ImageError
 from .measuring import Measured, measured
+from .parts import LocalLogs, Log, Logs
 from .tasks import Item, Task
 from .workers import Workers
 
 __all__ = ["RunResult", "check_images", "run_arms"]
 
-LOG_NAME = "generations.jsonl"
 RUN_NAME = "run.json"
 TIMINGS_NAME = "timings.jsonl"
 
@@ -64,6 +64,7 @@ def run_arms(
     output: Path,
     share_prefix: bool = False,
     workers: Workers | None = None,
+    logs: Logs | None = None,
 ) -> RunResult:
     """Generate every arm's answers to every item, continuing an earlier run in the same folder.
 
@@ -86,6 +87,7 @@ def run_arms(
         workers: this process among those that share the run; alone by default. Batches are the
             same for any number of processes and go to them in turn, and every process has a log of
             its own. What another process lost or has not begun is found out by the next run.
+        logs: where the answers are kept; one file per process in `output` by default.
 
     Raises:
         ConfigError: the folder holds a run of another benchmark.
@@ -114,10 +116,12 @@ def run_arms(
     result = RunResult({}, failures, provenance=provenance)
     generator = Generator(model, processor, settings, task.first_token_words)
     keys: dict[str, dict[str, str]] = {}
-    mine = output / workers.part(LOG_NAME)
-    with GenerationLog(mine, [path for path in _logs(output) if path != mine]) as log:
+    logs = logs or LocalLogs(output)
+    output.mkdir(parents=True, exist_ok=True)
+    with logs.open(workers) as log:
         for arm in arms:
             worker = _ArmRun(arm, generator, log, output, batch_size, digests, provenance, workers)
+            worker.logs = logs
             worker.shares = share_prefix
             with _noting(result.notes.setdefault(arm.name, [])):
                 keys[arm.name] = worker.run(usable)
@@ -125,14 +129,9 @@ def run_arms(
         records = log.records
     if workers.size > 1:
         workers.wait()
-        records = read_logs(_logs(output))
+        records = logs.read()
     result.records = _collected(records, keys)
     return result
-
-
-def _logs(output: Path) -> list[Path]:
-    """The logs of all processes that ever worked on this folder."""
-    return sorted(output.glob(LOG_NAME.replace(".", "*.")))
 
 
 def _collected(
@@ -175,7 +174,7 @@ class _ArmRun:
         self,
         arm: Arm,
         generator: Generator,
-        log: GenerationLog,
+        log: Log,
         output: Path,
         batch_size: int,
         digests: Mapping[str, str],
@@ -194,6 +193,7 @@ class _ArmRun:
         }
         self.n_generated = 0
         self.shares = False
+        self.logs: Logs = LocalLogs(output)
 
     def run(self, items: Sequence[Item]) -> dict[str, str]:
         """Generate this process's share; returns the key of every item's record."""
@@ -223,7 +223,7 @@ class _ArmRun:
         """Wait for the other processes, and read what they have logged."""
         if self._workers.size > 1:
             self._workers.wait()
-            self._log.records |= read_logs(_logs(self._timings.parent))
+            self._log.records |= self.logs.read()
 
     def _batches(
         self, items: Sequence[Item], prompts: Mapping[str, str], steering: Steering

@@ -8,8 +8,9 @@ from vlm_steer.engine.steer import Steering
 from vlm_steer.generation import render_prompt
 from vlm_steer_eval.arms import parse_arms
 from vlm_steer_eval.generation import Generator, Settings
+from vlm_steer_eval.parts import LOG_NAME
 from vlm_steer_eval.prefix import share_prompts
-from vlm_steer_eval.runner import LOG_NAME, run_arms
+from vlm_steer_eval.runner import run_arms
 from vlm_steer_eval.sources import local_pope
 
 ARMS = {"var": ACTIVE["var"], "spin": "spin", "vcd": "vcd"}

@@ -16,8 +16,9 @@ from vlm_steer.errors import ConfigError, DataError, SteerError
 from vlm_steer_eval.arms import parse_arms
 from vlm_steer_eval.fingerprint import model_fingerprint
 from vlm_steer_eval.generation import Settings
+from vlm_steer_eval.parts import LOG_NAME
 from vlm_steer_eval.results import evaluate, sample_rows, score_all
-from vlm_steer_eval.runner import LOG_NAME, run_arms
+from vlm_steer_eval.runner import run_arms
 from vlm_steer_eval.sources import local_pope
 
 SETTINGS = Settings(max_new_tokens=2)
