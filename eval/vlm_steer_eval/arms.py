@@ -137,7 +137,7 @@ def _sham(method: Method) -> tuple[Method, ...]:
 
 def _mask(method: Method) -> tuple[Method, ...]:
     beta = getattr(method, "beta", None)
-    is_masking = method.overrides("plausible") and isinstance(beta, float)
+    is_masking = method.overrides("plausible") and isinstance(beta, float) and beta > 0
     if not is_masking or "plausibility_mask" not in list_methods():
         return ()
     return resolve({"method": "plausibility_mask", "beta": beta})

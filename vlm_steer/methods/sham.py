@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["Sham"]
 
 _OTHER_HOOKS = (
+    "request",
+    "first_words",
     "positions",
     "embeds",
     "choose",
