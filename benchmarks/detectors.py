@@ -160,6 +160,8 @@ def _dropping(
 
 def page(report: Mapping[str, Any]) -> str:
     """The results as Markdown."""
+    n = report["samples"]
+    asked = f"`self_check` drew {n} answers." if n else "`self_check` asked about each object."
     lines = [
         "# Every detector on the embedded model",
         "",
@@ -173,7 +175,9 @@ def page(report: Mapping[str, Any]) -> str:
         "pairs of one caption, at most ten words apart. *Gain over place* is the AUROC that the "
         "detector adds to logistic regression on position, its logarithm and occurrence, on "
         "scenes left out of that regression. A detector works if the interval of its gain "
-        "excludes 0. One small model is no ground to rank detectors.",
+        "excludes 0, which is not corrected for the number of detectors. "
+        f"{asked} Spectra belong to whole captions, so mentions of one caption tie. One small "
+        "model is no ground to rank detectors.",
     ]
     for split, found in report["splits"].items():
         lines += ["", f"## {split}", "", _size(found["mentions"], "first mentions"), ""]
