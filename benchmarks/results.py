@@ -20,6 +20,7 @@ from transformers import __version__ as transformers_version
 
 import vlm_steer
 from vlm_steer.config import Spec, resolve
+from vlm_steer.engine.hooks import Method
 from vlm_steer.errors import SteerError
 from vlm_steer.loading import load_model
 from vlm_steer_eval.arms import BASELINE
@@ -133,6 +134,9 @@ def measure(checkpoint: Checkpoint, methods: Sequence[str], sizes: Sizes) -> dic
     methods = [name for name in methods if name not in left_out]
     arms = {name: _spec(name, best) for name, best in _tuned(checkpoint, methods, sizes).items()}
     shams = {f"sham:{name}": sham for name, spec in arms.items() if (sham := _sham(spec))}
+    # A search has a decoding of its own, and no other beside it.
+    steps = {n: spec for n, spec in arms.items() if vlm_steer.get_method(n).search is Method.search}
+    groups = {"greedy": {**arms, **shams}, "sampling": steps}
     splits: dict[str, Any] = {}
     for split in ("iid", "broken"):
         splits[split] = {}
@@ -142,10 +146,7 @@ def measure(checkpoint: Checkpoint, methods: Sequence[str], sizes: Sizes) -> dic
         ):
             folders = {
                 decoding: checkpoint.measure(
-                    task,
-                    {**arms, **shams} if decoding == "greedy" else arms,
-                    f"{split}-{decoding}",
-                    **settings,
+                    task, groups[decoding], f"{split}-{decoding}", **settings
                 )
                 for decoding, settings in DECODINGS.items()
             }
@@ -260,7 +261,8 @@ def page(name: str, report: Mapping[str, Any]) -> str:
         "difference to as much change in the wrong places. *Frontier*: whether the arm lies beyond "
         "what shorter captions, another temperature and beams (CHAIR) or a constant bias towards "
         "yes (POPE) give for nothing. *At matched recall* and *at the same yes rate* compare after "
-        "the unsteered model was cut, or biased, to say as much. One small checkpoint is no ground "
+        "the unsteered model was cut, or biased, to say as much. Methods that search have a decoding "
+        "of their own and stand under greedy. One small checkpoint is no ground "
         "to rank methods.",
     ]
     for split, decodings in report["splits"].items():
