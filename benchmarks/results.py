@@ -126,6 +126,9 @@ def main() -> None:
         path = chosen.output / f"embedded_{name}"
         path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
         path.with_suffix(".md").write_text(page(name, report))
+    found = sorted(chosen.output.glob("embedded_*.json"))
+    reports = {path.stem.removeprefix("embedded_"): json.loads(path.read_text()) for path in found}
+    (chosen.output / "controls.md").write_text(controls_page(reports))
 
 
 def measure(checkpoint: Checkpoint, methods: Sequence[str], sizes: Sizes) -> dict[str, Any]:
@@ -261,9 +264,9 @@ def page(name: str, report: Mapping[str, Any]) -> str:
         "difference to as much change in the wrong places. *Frontier*: whether the arm lies beyond "
         "what shorter captions, another temperature and beams (CHAIR) or a constant bias towards "
         "yes (POPE) give for nothing. *At matched recall* and *at the same yes rate* compare after "
-        "the unsteered model was cut, or biased, to say as much. Methods that search have a decoding "
-        "of their own and stand under greedy. One small checkpoint is no ground "
-        "to rank methods.",
+        "the unsteered model was cut, or biased, to say as much. Methods that search have a "
+        "decoding of their own and stand under greedy. One small checkpoint is no ground to rank "
+        "methods.",
     ]
     for split, decodings in report["splits"].items():
         for decoding, found in decodings.items():
@@ -275,6 +278,53 @@ def page(name: str, report: Mapping[str, Any]) -> str:
     lines += ["", "## Settings", ""]
     lines += [f"- `{arm}`: `{json.dumps(spec)}`" for arm, spec in report["settings"].items()]
     return "\n".join(lines) + "\n"
+
+
+def controls_page(reports: Mapping[str, Any]) -> str:
+    """What is left of the gains of all checkpoints beside the controls, as Markdown."""
+    lines = [
+        "# What the controls say",
+        "",
+        "Written by `python benchmarks/results.py` from the runs behind "
+        + " and ".join(f"[{name}](embedded_{name}.md)" for name in reports)
+        + ". Differences of F1 (POPE, all questions) and of CHAIR_i to the unsteered model under "
+        "the same decoding, with 95 % intervals paired by scene. A method's row is worth reading "
+        "against three others:",
+        "",
+        "- `plausibility_mask` under sampling: what ruling out unlikely tokens gives without any "
+        "contrast. Published contrasts carry such a mask and are compared with sampling without "
+        "one;",
+        "- `greedy`: what sampling less gives;",
+        "- *at the same yes rate*: what is left when the unsteered model says yes as often, by a "
+        "constant bias.",
+    ]
+    for name, report in reports.items():
+        for split, decodings in report["splits"].items():
+            lines += ["", f"## {name}, {split}", "", *_controls_table(decodings)]
+    return "\n".join(lines) + "\n"
+
+
+def _controls_table(decodings: Mapping[str, Any]) -> list[str]:
+    def change(decoding: str, benchmark: str, metric: str, arm: str) -> str:
+        by_part = decodings[decoding][benchmark]["differences"].get(arm)
+        return "" if by_part is None else _difference(metric, list(by_part.values())[-1])
+
+    heads = ["arm"]
+    for decoding in DECODINGS:
+        heads += [f"F1, {decoding}", f"at the same yes rate, {decoding}", f"CHAIR_i, {decoding}"]
+    arms = [arm for d in DECODINGS for arm in decodings[d]["pope"]["arms"] if arm != BASELINE]
+    rows = []
+    for arm in dict.fromkeys(arm for arm in arms if not arm.startswith("sham:")):
+        cells = []
+        for decoding in DECODINGS:
+            matched = decodings[decoding]["pope"]["matched"].get(arm, {}).get("yes_ratio", {})
+            cells += [
+                change(decoding, "pope", "f1", arm),
+                _difference("f1", matched.get("differences", {})),
+                change(decoding, "chair", "CHAIRi", arm),
+            ]
+        rows.append([arm, *cells])
+    return _table(heads, rows)
 
 
 def _remarks(found: Mapping[str, Any]) -> list[str]:
