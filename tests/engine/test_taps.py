@@ -120,6 +120,20 @@ def test_taps_see_what_hidden_hooks_made_of_a_layer() -> None:
     assert torch.equal(after[:, 1], 2 * before[:, 1])
 
 
+@pytest.mark.parametrize("asked_before", [False, True])
+def test_hidden_states_that_the_model_reports_are_the_edited_ones(asked_before: bool) -> None:
+    family = zoo.load("llava")
+    batch = two_rows(family)
+    with torch.inference_mode():
+        if asked_before:
+            family.model(**batch, output_hidden_states=True)
+        with vlm_steer.steer(family.model, Tapped()):
+            plain = family.model(**batch, output_hidden_states=True).hidden_states
+        with vlm_steer.steer(family.model, Doubled()):
+            edited = family.model(**batch, output_hidden_states=True).hidden_states
+    assert torch.equal(edited[2][:, -1], 2 * plain[2][:, -1])
+
+
 def test_a_skipped_cross_attention_layer_leaves_the_state_of_the_one_before() -> None:
     family = zoo.load("mllama")
     batch = family.batch([family.inputs(images=0)])

@@ -48,10 +48,11 @@ def hook_decoder(info: ModelInfo) -> list[RemovableHandle]:
     ]
     first = info.layers[min(info.layers)]
     handles.append(first.register_forward_pre_hook(_embedder, with_kwargs=True))
+    # In front of the hooks by which transformers collects hidden states, which it puts on once.
     for index, layer in info.layers.items():
         handles += [
             layer.register_forward_pre_hook(_marker(index), with_kwargs=True),
-            layer.register_forward_hook(_editor("hidden", index)),
+            layer.register_forward_hook(_editor("hidden", index), prepend=True),
             layer.register_forward_hook(_tapper(index)),
         ]
     for index, mlp in info.mlps.items():
