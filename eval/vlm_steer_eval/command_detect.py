@@ -1,26 +1,22 @@
 """Commands that fit, use and judge detectors of hallucinated words."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
+from vlm_steer.commands.groups import Loading, spelled_out
 from vlm_steer.commands.options import (
-    Attn,
     BatchSize,
-    DeviceMap,
-    Dtype,
     ModelName,
-    Quantization,
-    Revision,
     Seed,
 )
 from vlm_steer.errors import ConfigError
 
 from .command_options import EmbeddedScenes, ImageFolder, Images, OutputFolder, Resamples, Tokens
 from .command_run import (
-    loading_options,
     refuse_on_scenes,
     refuse_several_sources,
     required_folder,
@@ -73,6 +69,59 @@ Method: TypeAlias = Annotated[
 ]
 
 _PROMPT = "Please describe this image in detail."
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledData:
+    """What detectors are fitted or judged on; the annotation of a field is its option."""
+
+    scenes: EmbeddedScenes = "validation"
+    annotations: Annotations = None
+    objects: Objects = None
+    questions: Questions = None
+    texts: Texts = None
+    images: ImageFolder = None
+    prompt: Prompt = _PROMPT
+    mentions: MentionsOption = "first"
+    limit: Images = None
+    seed: Seed = 0
+
+    def labelled(self) -> "Labelled":
+        """The labelled data that the options name.
+
+        Raises:
+            ConfigError: they contradict each other.
+            DataError: a file cannot be used.
+        """
+        from .detect_labels import caption_labels, labelled_texts, pope_labels
+        from .sources import embedded_chair, local_chair, local_pope
+
+        refuse_several_sources(
+            truth=self.annotations or self.objects, questions=self.questions, texts=self.texts
+        )
+        if self.texts is not None:
+            if self.limit is not None:
+                raise ConfigError("--limit has no effect on --texts; shorten the file")
+            return labelled_texts(self.texts, required_folder(self.images, "--texts"), self.prompt)
+        if self.questions:
+            folder = required_folder(self.images, "--questions")
+            return pope_labels(local_pope(self.questions, folder, limit=self.limit, seed=self.seed))
+        if self.annotations is not None or self.objects is not None:
+            task = local_chair(
+                required_folder(self.images, "--annotations and --objects"),
+                None,
+                annotations=self.annotations,
+                objects=self.objects,
+                limit=self.limit,
+                seed=self.seed,
+                prompt=self.prompt,
+            )
+            return caption_labels(task, mentions=self.mentions)
+        refuse_on_scenes(images=self.images)
+        task = embedded_chair(
+            self.scenes, limit=self.limit or 300, seed=self.seed, prompt=self.prompt
+        )
+        return caption_labels(task, mentions=self.mentions)
 
 
 def register(app: typer.Typer) -> None:
@@ -128,45 +177,30 @@ def show(
             typer.echo(f"    {given}")
 
 
+@spelled_out()
 def fit(
+    data: LabelledData,
+    loading: Loading,
     detectors: Annotated[list[str], typer.Argument(help="Detectors to fit, by name.")],
     output: OutputFolder,
     model: ModelName = "tiny",
     options: OptionsOption = None,
-    scenes: EmbeddedScenes = "validation",
-    annotations: Annotations = None,
-    objects: Objects = None,
-    questions: Questions = None,
-    texts: Texts = None,
-    images: ImageFolder = None,
-    prompt: Prompt = _PROMPT,
     method: Method = "none",
-    mentions: MentionsOption = "first",
     preset: PresetOption = "default",
     calibrator: CalibratorOption = "platt",
-    limit: Images = None,
     max_new_tokens: Tokens = 512,
     resamples: Resamples = 1000,
-    seed: Seed = 0,
     batch_size: BatchSize = 8,
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = None,
-    quantization: Quantization = None,
-    revision: Revision = None,
-    attn: Attn = None,
 ) -> None:
     """Fit detectors on texts of a model, calibrate them, and judge them on images left out."""
     from .detect_command import fit_and_judge, parse_detectors
 
     chosen = parse_detectors(detectors, options or [])
-    source = _source(
-        scenes, annotations, objects, questions, texts, images, prompt, mentions, limit, seed
-    )
     table, folders = fit_and_judge(
         chosen,
-        source,
+        data.labelled(),
         model,
-        loading_options(dtype, device_map, quantization, revision, attn),
+        loading.loading(),
         output,
         method=method,
         preset=preset,
@@ -174,14 +208,17 @@ def fit(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         resamples=resamples,
-        seed=seed,
+        seed=data.seed,
     )
     typer.echo(table, nl=False)
     for folder in folders:
         typer.echo(f"detector: {folder}")
 
 
+@spelled_out(scenes="broken")
 def evaluate(
+    data: LabelledData,
+    loading: Loading,
     detectors: Annotated[
         list[str],
         typer.Argument(help="Folders of fitted detectors, or names of those without weights."),
@@ -189,50 +226,34 @@ def evaluate(
     output: OutputFolder,
     model: ModelName = "tiny",
     options: OptionsOption = None,
-    scenes: EmbeddedScenes = "broken",
-    annotations: Annotations = None,
-    objects: Objects = None,
-    questions: Questions = None,
-    texts: Texts = None,
-    images: ImageFolder = None,
-    prompt: Prompt = _PROMPT,
     method: Method = "none",
-    mentions: MentionsOption = "first",
-    limit: Images = None,
     max_new_tokens: Tokens = 512,
     resamples: Resamples = 1000,
-    seed: Seed = 0,
     batch_size: BatchSize = 8,
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = None,
-    quantization: Quantization = None,
-    revision: Revision = None,
-    attn: Attn = None,
 ) -> None:
     """Judge detectors on images that they were not fitted on, beside the controls."""
     from .detect_command import judge
 
-    source = _source(
-        scenes, annotations, objects, questions, texts, images, prompt, mentions, limit, seed
-    )
     table = judge(
         detectors,
         options or [],
-        source,
+        data.labelled(),
         model,
-        loading_options(dtype, device_map, quantization, revision, attn),
+        loading.loading(),
         output,
         method=method,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         resamples=resamples,
-        seed=seed,
+        seed=data.seed,
     )
     typer.echo(table, nl=False)
     typer.echo(f"results: {output}")
 
 
+@spelled_out()
 def score(
+    loading: Loading,
     detector: Annotated[
         str, typer.Argument(help="Folder of a fitted detector, or the name of another.")
     ],
@@ -248,11 +269,6 @@ def score(
         bool, typer.Option("--every-token", help="Judge every token, not only COCO objects.")
     ] = False,
     max_new_tokens: Tokens = 512,
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = None,
-    quantization: Quantization = None,
-    revision: Revision = None,
-    attn: Attn = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Rate the words of a text about an image, generated or given."""
@@ -264,7 +280,7 @@ def score(
         image,
         prompt,
         model,
-        loading_options(dtype, device_map, quantization, revision, attn),
+        loading.loading(),
         text=text,
         method=method,
         every_token=every_token,
@@ -292,43 +308,3 @@ def convert(
     fitted = convert_lookback(pickle, layers=layers, heads=heads)
     fitted.save(output)
     typer.echo(f"{output}: {layers * heads} weights of {pickle.name}")
-
-
-def _source(
-    scenes: str,
-    annotations: Path | None,
-    objects: Path | None,
-    questions: list[Path] | None,
-    texts: Path | None,
-    images: Path | None,
-    prompt: str,
-    mentions: Literal["first", "all", "text"],
-    limit: int | None,
-    seed: int,
-) -> "Labelled":
-    """The labelled data that the options name."""
-    from .detect_labels import caption_labels, labelled_texts, pope_labels
-    from .sources import embedded_chair, local_chair, local_pope
-
-    refuse_several_sources(truth=annotations or objects, questions=questions, texts=texts)
-    if texts is not None:
-        if limit is not None:
-            raise ConfigError("--limit has no effect on --texts; shorten the file")
-        return labelled_texts(texts, required_folder(images, "--texts"), prompt)
-    if questions:
-        folder = required_folder(images, "--questions")
-        return pope_labels(local_pope(questions, folder, limit=limit, seed=seed))
-    if annotations is not None or objects is not None:
-        task = local_chair(
-            required_folder(images, "--annotations and --objects"),
-            None,
-            annotations=annotations,
-            objects=objects,
-            limit=limit,
-            seed=seed,
-            prompt=prompt,
-        )
-        return caption_labels(task, mentions=mentions)
-    refuse_on_scenes(images=images)
-    task = embedded_chair(scenes, limit=limit or 300, seed=seed, prompt=prompt)
-    return caption_labels(task, mentions=mentions)

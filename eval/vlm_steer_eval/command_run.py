@@ -22,7 +22,6 @@ __all__ = [
     "check_early",
     "chosen_normaliser",
     "chosen_splits",
-    "loading_options",
     "refuse_columns_alone",
     "refuse_on_scenes",
     "refuse_several_sources",
@@ -143,23 +142,6 @@ def check_early(run: "RunOptions") -> None:
     run.settings()
     if run.repeat is not None:
         parse_sizes(run.repeat, run.batch_size)
-
-
-def loading_options(
-    dtype: str,
-    device_map: str | None,
-    quantization: str | None,
-    revision: str | None,
-    attn: str | None,
-) -> dict[str, Any]:
-    """Keyword arguments of `vlm_steer.loading.load_model`."""
-    return {
-        "dtype": dtype,
-        "device_map": device_map,
-        "quantization": quantization,
-        "revision": revision,
-        "attn": attn,
-    }
 
 
 def chosen_splits(text: str) -> "list[Strategy]":

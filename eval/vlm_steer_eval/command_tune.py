@@ -5,22 +5,19 @@ from typing import Annotated
 
 import typer
 
+from vlm_steer.commands.groups import Loading, spelled_out
 from vlm_steer.commands.options import (
-    Attn,
     BatchSize,
-    DeviceMap,
-    Dtype,
-    Quantization,
-    Revision,
 )
 
 from .command_options import OutputFolder, Resamples
-from .command_run import loading_options
 
 __all__ = ["tune"]
 
 
+@spelled_out()
 def tune(
+    loading: Loading,
     file: Annotated[
         Path,
         typer.Argument(help="A steering with ranges, and the section tune.", metavar="FILE.yaml"),
@@ -62,11 +59,6 @@ def tune(
     ] = None,
     resamples: Resamples = 10_000,
     batch_size: BatchSize = 32,
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = None,
-    quantization: Quantization = None,
-    revision: Revision = None,
-    attn: Attn = None,
 ) -> None:
     """Search the options of a steering, and confirm the best one on other images."""
     from .tuning.run import Request
@@ -78,7 +70,7 @@ def tune(
             output=output,
             overrides={"model": model, "trials": trials, "images": limit, "seed": seed},
             max_new_tokens=max_new_tokens,
-            loading=loading_options(dtype, device_map, quantization, revision, attn),
+            loading=loading.loading(),
             batch_size=batch_size,
             n_resamples=resamples,
             workers=workers,

@@ -7,14 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vlm_steer.commands.groups import Loading, spelled_out
 from vlm_steer.commands.options import (
-    Attn,
-    DeviceMap,
-    Dtype,
     MaxNewTokens,
     Overrides,
-    Quantization,
-    Revision,
     Seed,
 )
 from vlm_steer.errors import ConfigError
@@ -37,7 +33,9 @@ def register(app: typer.Typer) -> None:
     )(explain)
 
 
+@spelled_out()
 def explain(
+    loading: Loading,
     image: Annotated[Path, typer.Argument(help="An image file.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask about the image.")],
     model: Annotated[
@@ -83,11 +81,6 @@ def explain(
     ] = None,
     max_new_tokens: MaxNewTokens = 128,
     seed: Seed = 0,
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = None,
-    quantization: Quantization = None,
-    revision: Revision = None,
-    attn: Attn = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show where each word of an answer looked, how risky it is, and whether looking mattered."""
@@ -103,16 +96,8 @@ def explain(
     from vlm_steer.commands.generate import Decoding
     from vlm_steer.explanation import explain as run
     from vlm_steer.generation import halving
-    from vlm_steer.loading import load_model
 
-    loaded, processor = load_model(
-        model,
-        dtype=dtype,
-        device_map=device_map,
-        quantization=quantization,
-        revision=revision,
-        attn=attn,
-    )
+    loaded, processor = loading.load(model)
     decoding = Decoding(max_new_tokens, num_beams, temperature, seed)
 
     def work(pictures: Sequence["Image.Image"]) -> list["ExplainResult"]:
