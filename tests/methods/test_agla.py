@@ -43,16 +43,18 @@ def looked_at(family: zoo.Family, batch: dict[str, Tensor]) -> Tensor:
     return (paid * is_behind[:, :, None]).sum(dim=1)[is_image].reshape(len(paid), -1)
 
 
-@pytest.mark.parametrize("backend", ["paired", "separate"])
+@pytest.mark.parametrize(
+    ("backend", "keep", "count"), [("paired", 0.5, 8), ("separate", 0.5, 8), ("paired", None, 12)]
+)
 def test_the_stream_is_the_model_on_the_image_without_what_the_question_ignores(
-    backend: str,
+    backend: str, keep: float | None, count: int
 ) -> None:
     family = zoo.load("llava")
     batch = two_rows(family)
-    method = AGLA(alpha=1.0, keep=0.5, blank="mean")
+    method = AGLA(alpha=1.0, keep=keep, blank="mean")
     tokens, seen = recorded(family, method, batch, backend=backend, max_new_tokens=3)
     kept = torch.zeros(2, 16, dtype=torch.bool)
-    kept.scatter_(1, looked_at(family, batch).topk(8).indices, True)
+    kept.scatter_(1, looked_at(family, batch).topk(count).indices, True)
     mask = kept.reshape(2, 1, 4, 4).repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
     changed = batch | {"pixel_values": batch["pixel_values"] * mask}
     changed["input_ids"] = torch.cat([batch["input_ids"], tokens[:, :2]], dim=1)

@@ -127,7 +127,7 @@ class AGLA(Contrast):
         """``[batch, prompt]`` bool, the image tokens that stay."""
         is_image = reference.columns.is_image
         if reference.plan is None:
-            relevance, share = self._looked_at(reference), is_image.new_tensor(_OWN_KEEP).float()
+            relevance, share = self._looked_at(reference), torch.tensor(_OWN_KEEP)
         else:
             relevance, share = self._matched(reference)
         if self.keep is not None:
