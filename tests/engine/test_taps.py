@@ -36,6 +36,14 @@ class Tapped(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Late(Method):
+    """Acts from the third token on, as methods do that wait until the model is unsure."""
+
+    def logits(self, logits: Tensor, at: LogitsAt) -> Tensor:
+        return logits.flip(-1) if at.step >= 2 else logits
+
+
+@dataclass(frozen=True, kw_only=True)
 class Doubled(Method):
     rows = "all"
 
@@ -56,7 +64,7 @@ class ReadsInside(Method):
         return hidden
 
 
-for _cls in (Tapped, Doubled, ReadsInside):
+for _cls in (Tapped, Late, Doubled, ReadsInside):
     _cls.name = _cls.__name__.lower()
 
 
@@ -118,6 +126,14 @@ def test_taps_see_what_hidden_hooks_made_of_a_layer() -> None:
     before, after = plain.seen[0].tapped[None], edited.seen[0].tapped[None]
     assert torch.equal(after[:, 0], before[:, 0])
     assert torch.equal(after[:, 1], 2 * before[:, 1])
+
+
+@pytest.mark.filterwarnings("error::vlm_steer.errors.SteerWarning")
+def test_a_change_that_comes_late_is_no_silent_one() -> None:
+    family = zoo.load("llava")
+    with vlm_steer.steer(family.model, Late()) as steering:
+        generate(family, two_rows(family), max_new_tokens=4)
+    assert steering.effect()["late"]["probability_moved"] > 0
 
 
 @pytest.mark.parametrize("asked_before", [False, True])

@@ -384,8 +384,8 @@ def _combine(
         kept = bound.method.plausible(at)
         if kept is not None:
             keep = kept if keep is None else keep & kept
-        if call.is_measured:
-            call.moved[bound.index] = _moved(call, bound, current, new, kept)
+        # At every step: a method may wait for a step at which the model is unsure.
+        call.moved[bound.index] = _moved(call, bound, current, new, kept)
         current = new
     if keep is not None:
         left = raw.masked_fill(current == -torch.inf, -torch.inf)

@@ -119,8 +119,8 @@ class Steering:
             Per method: ``layers`` maps a layer to the number of attention or hidden-state rows
             changed, the heads changed (mean over the batch, largest pass), and the attention mass
             moved (sum over rows and heads of half the absolute difference); ``probability_moved``
-            is the same for next-token probabilities, per row. Methods that search have
-            ``choices_changed``, over the whole generation, and those that act in the vision tower
+            is the same for next-token probabilities, per row, and over the whole generation, as is
+            ``choices_changed`` of methods that search. Those that act in the vision tower have
             ``vision_states``, the states changed there. Empty before the first generation.
         """
         call = self._last
