@@ -64,9 +64,19 @@ SETTINGS: dict[str, Spec] = {
     # A random model has no massive activations; two ordinary dimensions stand in for sinks, so
     # that the redistribution does all of its work.
     "var": {"method": "var", "sink_dims": [1, 2], "tau": 2.0, "min_image_mass": 0.0},
+    # There is no processor that could tell what black is.
+    "agla": {"method": "agla", "blank": "mean"},
     # There is no tokenizer either; as many ids as the authors' texts have tokens.
     "icd": {"method": "icd", "disturbance_ids": list(range(16, 26))},
     "lqcd": {"method": "lqcd", "leading_ids": list(range(16, 28)), "tail": 4},
+    "vdgd": {
+        "method": "vdgd",
+        "prompt_ids": list(range(16, 26)),
+        "introduction_ids": list(range(16, 24)),
+        "tail": 4,
+        "max_description_tokens": 16,
+    },
+    "yes_bias": {"method": "yes_bias", "yes_ids": [16], "no_ids": [17]},
 }
 """Arms whose settings are not the defaults of a method or a preset of that name."""
 

@@ -150,7 +150,8 @@ def test_a_bright_square_lies_in_the_boxes_of_the_tokens_that_see_it(
     most = sums(case, full, full["pixel_values"].double() - low)
     places = places_of(case, (width, height))
     shows = most > 1e-3 * most.max()
-    assert places.has_place[most > 0.05 * most.max()].all()
+    # A line of pixels at the border of padding is a blend of both, and may have no place.
+    assert places.has_place[most > 0.2 * most.max()].all()
     assert not places.has_place[most == 0].any()
     kept = shows & places.has_place
     share = seen[kept] / most[kept]
