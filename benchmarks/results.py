@@ -124,7 +124,7 @@ def main() -> None:
         name, _, source = entry.partition("=")
         report = measure(Checkpoint(name, source, chosen.work), named, sizes)
         path = chosen.output / f"embedded_{name}"
-        path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+        path.with_suffix(".json").write_text(json.dumps(report) + "\n")
         path.with_suffix(".md").write_text(page(name, report))
     found = sorted(chosen.output.glob("embedded_*.json"))
     reports = {path.stem.removeprefix("embedded_"): json.loads(path.read_text()) for path in found}
@@ -187,7 +187,48 @@ def compared(folder: Path, trivial: Mapping[str, Path]) -> dict[str, Any]:
     found = compare_runs(runs, trivial=tuple(decodings))
     summary = json.loads((folder / "scores.json").read_text())
     found["against_sham"] = _against_shams(runs)
-    return found | {key: summary[key] for key in ("changed_nothing", "notes")}
+    return shown(found | {key: summary[key] for key in ("changed_nothing", "notes")})
+
+
+def shown(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a comparison that the pages show, rounded."""
+
+    def pick(table: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {metric: table[metric] for metric in (*CHAIR, "f1", "yes_ratio") if metric in table}
+        return {metric: _rounded(entry) for metric, entry in kept.items()}
+
+    return {
+        "arms": {
+            arm: {part: {"metrics": pick(entry["metrics"])} for part, entry in by_part.items()}
+            for arm, by_part in found["arms"].items()
+        },
+        "differences": {
+            arm: {part: pick(entry) for part, entry in by_part.items()}
+            for arm, by_part in found["differences"].items()
+        },
+        "matched": {
+            arm: {
+                kind: {"differences": pick(entry["differences"])} for kind, entry in kinds.items()
+            }
+            for arm, kinds in found["matched"].items()
+        },
+        "frontier": {
+            "verdicts": {
+                arm: _rounded(entry) for arm, entry in found["frontier"]["verdicts"].items()
+            }
+        },
+        "against_sham": {arm: pick(entry) for arm, entry in found["against_sham"].items()},
+        **{key: found[key] for key in ("changed_nothing", "notes")},
+    }
+
+
+def _rounded(entry: Mapping[str, Any]) -> dict[str, Any]:
+    def short(value: Any) -> Any:
+        if isinstance(value, list):
+            return [short(number) for number in value]
+        return round(value, 5) if isinstance(value, float) else value
+
+    return {key: short(value) for key, value in entry.items()}
 
 
 def _against_shams(runs: Runs) -> dict[str, Any]:
@@ -296,7 +337,9 @@ def controls_page(reports: Mapping[str, Any]) -> str:
         "one;",
         "- `greedy`: what sampling less gives;",
         "- *at the same yes rate*: what is left when the unsteered model says yes as often, by a "
-        "constant bias.",
+        "constant bias on its first token. The biased model takes the likelier answer, so under "
+        "sampling the column also holds what sampling costs; the row of a method that changes "
+        "nothing says how much that is.",
     ]
     for name, report in reports.items():
         for split, decodings in report["splits"].items():
@@ -367,7 +410,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _verdict(found: Mapping[str, Any], arm: str) -> str:
-    verdicts = (found["frontier"] or {"verdicts": {}})["verdicts"]
+    verdicts = found["frontier"]["verdicts"]
     return str(verdicts[arm]["verdict"]) if arm in verdicts else ""
 
 
