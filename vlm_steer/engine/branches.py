@@ -277,7 +277,9 @@ class Branches:
                 for branch in bound.branches
             ]
 
-        if past == 0 and self._goes_on(kwargs) and call.plan.leaves_prompt:
+        # In a two-way prompt the tokens before the last have seen it, and with it what differs.
+        is_one_way = not call.plan.model.has_two_way_prompts
+        if past == 0 and self._goes_on(kwargs) and call.plan.leaves_prompt and is_one_way:
             for running in self._running:
                 running.shares_prompt = running.branch.shares_prompt
 
