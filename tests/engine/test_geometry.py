@@ -165,6 +165,12 @@ def test_a_bright_square_lies_in_the_boxes_of_the_tokens_that_see_it(
     assert (share - inside)[whole].abs().mean() < 0.05
 
 
+def test_a_tenth_of_a_pixel_beside_padding_is_no_place() -> None:
+    places = places_of("tiles seen across", (43, 56))
+    boxes = places.boxes[places.has_place]
+    assert (boxes[:, 2:] - boxes[:, :2]).min() > 1
+
+
 @pytest.mark.parametrize("case", ["pad", "split rows", "tiles with newlines", "merged patches"])
 def test_a_heat_map_keeps_the_mass_of_the_tokens_and_shows_only_the_picture(case: str) -> None:
     places = places_of(case, (90, 60))

@@ -32,6 +32,9 @@ Prepare = Callable[[Image.Image], Mapping[str, Any]]
 _BRIGHTEST = 255
 _STRAY = 0.35
 """Largest distance of a patch from its place in an even grid, in patches."""
+_SLIVER = 0.05
+"""Share of a token's width or height below which it shows padding: the measured edge of the picture
+is this inexact where the processor blends it with padding."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -376,10 +379,11 @@ def _widened(boxes: Tensor) -> Tensor:
 
 
 def _cut(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Boxes cut at the borders of the picture; NaN where nothing is left."""
+    """Boxes cut at the borders of the picture; NaN where no more than a sliver is left."""
     limit = torch.tensor([*size, *size], dtype=boxes.dtype)
     cut = torch.minimum(boxes.clamp(min=0), limit)
-    is_left = (cut[:, 2:] - cut[:, :2] > 1e-6).all(dim=1)
+    left = (cut[:, 2:] - cut[:, :2]) / (boxes[:, 2:] - boxes[:, :2])
+    is_left = (left > _SLIVER).all(dim=1)
     return cut.where(is_left[:, None], torch.full_like(cut, math.nan))
 
 
