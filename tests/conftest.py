@@ -12,9 +12,8 @@ import hypothesis
 import numpy as np
 import pytest
 
-# How long one example takes says nothing about a claim on a machine that does other work too, and
-# whoever runs these tests learns about their change, not about an example that nobody had drawn yet:
-# new ones are drawn with `--hypothesis-profile explore`.
+# How long one example takes says nothing about a claim on a machine that does other work too.
+# A run is about a change: same examples each time; `--hypothesis-profile explore` draws new ones.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("explore", deadline=None)
 hypothesis.settings.load_profile("repeatable")
