@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Detector",
     "Evidence",
+    "OfTrace",
+    "PerToken",
     "Pool",
     "Unit",
     "build_detector",
@@ -150,6 +152,43 @@ def pooled(values: Tensor, units: Sequence[Unit], pool: Pool) -> Tensor:
         return values[[unit.tokens[0] for unit in units]].double()
     means = [values[slice(*unit.tokens)].double().mean(0) for unit in units]
     return torch.stack(means) if means else values[:0].double()
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfTrace(Detector):
+    """Base of detectors that look at nothing but the trace."""
+
+    def features(
+        self,
+        trace: Trace,
+        units: Sequence[Unit],
+        evidence: Evidence | None = None,  # noqa: ARG002
+    ) -> Tensor:
+        """``[units, d]`` float64."""
+        return self.of_units(trace, units)
+
+    def of_units(self, trace: Trace, units: Sequence[Unit]) -> Tensor:
+        """``[units, d]`` float64."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerToken(OfTrace):
+    """Base of detectors that look at every token by itself; a unit has what its tokens have.
+
+    Attributes:
+        pool: ``first`` token of a unit, or the ``mean`` over its tokens.
+    """
+
+    pool: Pool = "first"
+
+    def of_units(self, trace: Trace, units: Sequence[Unit]) -> Tensor:
+        """``[units, d]`` float64."""
+        return pooled(self.of_token(trace), units, self.pool)
+
+    def of_token(self, trace: Trace) -> Tensor:
+        """``[tokens, d]``."""
+        raise NotImplementedError
 
 
 # -- the list ---------------------------------------------------------------------------------

@@ -1,13 +1,12 @@
 """Detectors that look at where attention goes while a word is predicted."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from vlm_steer.detection.base import Detector, Evidence, Pool, Unit, pooled, register_detector
+from vlm_steer.detection.base import PerToken, Pool, register_detector
 from vlm_steer.detection.trace import Trace
 from vlm_steer.engine.selectors import Selector, select
 from vlm_steer.errors import ConfigError
@@ -25,7 +24,7 @@ def chosen_layers(trace: Trace, layers: Selector) -> list[int]:
 
 @register_detector("lookback_ratio")
 @dataclass(frozen=True, kw_only=True)
-class LookbackRatio(Detector):
+class LookbackRatio(PerToken):
     """How much each head looks back at the prompt rather than at the new text (2407.07071).
 
     With mean attention weights a over the columns of a part of the prompt and over the new text,
@@ -61,15 +60,9 @@ class LookbackRatio(Detector):
                 "each once."
             )
 
-    def features(
-        self,
-        trace: Trace,
-        units: Sequence[Unit],
-        evidence: Evidence | None = None,  # noqa: ARG002
-    ) -> Tensor:
-        """``[units, parts * layers * heads]``."""
-        ratios = torch.stack([self.ratios(trace, part) for part in self.parts], dim=1)
-        return pooled(ratios.flatten(1), units, self.pool)
+    def of_token(self, trace: Trace) -> Tensor:
+        """``[tokens, parts * layers * heads]``."""
+        return torch.stack([self.ratios(trace, part) for part in self.parts], dim=1).flatten(1)
 
     def ratios(self, trace: Trace, part: str) -> Tensor:
         """``[tokens, layers, heads]`` ratio of one part."""
@@ -88,7 +81,7 @@ class LookbackRatio(Detector):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _PerHead(Detector):
+class _PerHead(PerToken):
     """A number per layer and head, averaged or one by one.
 
     Attributes:
@@ -100,21 +93,13 @@ class _PerHead(Detector):
 
     layers: Selector = "all"
     heads: Literal["mean", "each"] = "mean"
-    pool: Pool = "first"
-
-    def features(
-        self,
-        trace: Trace,
-        units: Sequence[Unit],
-        evidence: Evidence | None = None,  # noqa: ARG002
-    ) -> Tensor:
-        """``[units, 1]`` or ``[units, layers * heads]``."""
-        values = self.of_token(trace)[:, chosen_layers(trace, self.layers)].flatten(1)
-        if self.heads == "mean":
-            values = values.mean(1, keepdim=True)
-        return pooled(values, units, self.pool)
 
     def of_token(self, trace: Trace) -> Tensor:
+        """``[tokens, 1]`` or ``[tokens, layers * heads]``."""
+        values = self.of_heads(trace)[:, chosen_layers(trace, self.layers)].flatten(1)
+        return values.mean(1, keepdim=True) if self.heads == "mean" else values
+
+    def of_heads(self, trace: Trace) -> Tensor:
         """``[tokens, layers, heads]``."""
         raise NotImplementedError
 
@@ -138,7 +123,7 @@ class SVAR(_PerHead):
 
     layers: Selector = (5 / 32, 19 / 32)
 
-    def of_token(self, trace: Trace) -> Tensor:
+    def of_heads(self, trace: Trace) -> Tensor:
         """``[tokens, layers, heads]``."""
         return -trace.image_mass
 
@@ -146,9 +131,15 @@ class SVAR(_PerHead):
 @register_detector("image_entropy")
 @dataclass(frozen=True, kw_only=True)
 class ImageEntropy(_PerHead):
-    """How evenly attention on the image is spread, 0 to 1: a word that is there has a place."""
+    """How evenly attention on the image is spread, 0 to 1: a word that is there has a place.
 
-    def of_token(self, trace: Trace) -> Tensor:
+    Attributes:
+        layers: Decoder layers.
+        heads: ``mean``, or ``each``.
+        pool: ``first``, or ``mean``.
+    """
+
+    def of_heads(self, trace: Trace) -> Tensor:
         """``[tokens, layers, heads]``."""
         return trace.image_entropy
 
@@ -156,8 +147,14 @@ class ImageEntropy(_PerHead):
 @register_detector("sink_mass")
 @dataclass(frozen=True, kw_only=True)
 class SinkMass(_PerHead):
-    """Attention parked on the first token and on tokens with massive activations."""
+    """Attention parked on the first token and on tokens with massive activations.
 
-    def of_token(self, trace: Trace) -> Tensor:
+    Attributes:
+        layers: Decoder layers.
+        heads: ``mean``, or ``each``.
+        pool: ``first``, or ``mean``.
+    """
+
+    def of_heads(self, trace: Trace) -> Tensor:
         """``[tokens, layers, heads]``."""
         return trace.sink_mass

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlm_steer.detection.base import Detector, Evidence, Pool, Unit, pooled, register_detector
+from vlm_steer.detection.base import OfTrace, PerToken, Unit, register_detector
 from vlm_steer.detection.recording import Need
 from vlm_steer.detection.trace import Trace
 from vlm_steer.engine.selectors import Selector
@@ -19,7 +19,7 @@ __all__ = ["LogitLens", "VisualDependence"]
 
 @register_detector("logit_lens")
 @dataclass(frozen=True, kw_only=True)
-class LogitLens(Detector):
+class LogitLens(OfTrace):
     """Whether any image token, read as a word in any layer, says this word (vl-interp, ICLR 2025).
 
     The risk is one minus the largest probability over image tokens, layers and the word's tokens.
@@ -40,12 +40,7 @@ class LogitLens(Detector):
 
     layers: Selector = "all"
 
-    def features(
-        self,
-        trace: Trace,
-        units: Sequence[Unit],
-        evidence: Evidence | None = None,  # noqa: ARG002
-    ) -> Tensor:
+    def of_units(self, trace: Trace, units: Sequence[Unit]) -> Tensor:
         """``[units, 1]``."""
         lens = self.require(trace.lens, "lens")[:, chosen_layers(trace, self.layers)]
         best = [float(lens[slice(*unit.tokens)].amax()) for unit in units]
@@ -54,7 +49,7 @@ class LogitLens(Detector):
 
 @register_detector("visual_dependence")
 @dataclass(frozen=True, kw_only=True)
-class VisualDependence(Detector):
+class VisualDependence(PerToken):
     """How little the image raised the log-probability of the word, nats.
 
     ``log p(word | text) - log p(word | image, text)``, what contrastive decoders amplify.
@@ -67,14 +62,7 @@ class VisualDependence(Detector):
 
     needs: ClassVar[tuple[Need, ...]] = ("blind",)
 
-    pool: Pool = "first"
-
-    def features(
-        self,
-        trace: Trace,
-        units: Sequence[Unit],
-        evidence: Evidence | None = None,  # noqa: ARG002
-    ) -> Tensor:
-        """``[units, 1]``."""
+    def of_token(self, trace: Trace) -> Tensor:
+        """``[tokens, 1]``."""
         blind = self.require(trace.blind, "blind")
-        return pooled((blind - trace.logprob)[:, None], units, self.pool)
+        return (blind - trace.logprob)[:, None]

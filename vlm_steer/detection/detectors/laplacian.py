@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vlm_steer.detection.base import Detector, Evidence, Unit, register_detector
+from vlm_steer.detection.base import OfTrace, Unit, register_detector
 from vlm_steer.detection.recording import Need
 from vlm_steer.detection.trace import Trace
 from vlm_steer.errors import ConfigError
@@ -16,7 +16,7 @@ __all__ = ["AttnEigvals", "AttnLogDet", "AttnScore", "LapEigvals"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _OfResponse(Detector):
+class _OfResponse(OfTrace):
     """Something about the attention of the whole text, the same for all its units.
 
     Recorded as sums over rows as they pass: ``2 * layers * heads * tokens`` numbers instead of a
@@ -27,12 +27,7 @@ class _OfResponse(Detector):
     paper: ClassVar[str] = "arXiv:2502.17598"
     needs: ClassVar[tuple[Need, ...]] = ("received",)
 
-    def features(
-        self,
-        trace: Trace,
-        units: Sequence[Unit],
-        evidence: Evidence | None = None,  # noqa: ARG002
-    ) -> Tensor:
+    def of_units(self, trace: Trace, units: Sequence[Unit]) -> Tensor:
         """``[units, d]``, equal rows."""
         return self.of_text(trace).flatten().double().expand(len(units), -1).clone()
 

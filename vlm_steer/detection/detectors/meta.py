@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlm_steer.detection.base import Detector, Evidence, Unit, pooled, register_detector
+from vlm_steer.detection.base import OfTrace, Unit, pooled, register_detector
 from vlm_steer.detection.trace import Trace
 
 __all__ = ["MetaToken"]
@@ -15,7 +15,7 @@ __all__ = ["MetaToken"]
 
 @register_detector("meta_token")
 @dataclass(frozen=True, kw_only=True)
-class MetaToken(Detector):
+class MetaToken(OfTrace):
     """Place, repetition, certainty and attention on the image of every head (MetaToken, 2024).
 
     Per unit: words before it and their logarithm, how often it was named before, its relative
@@ -30,12 +30,7 @@ class MetaToken(Detector):
     paper: ClassVar[str] = "arXiv:2405.19186"
     must_be_fitted: ClassVar[bool] = True
 
-    def features(
-        self,
-        trace: Trace,
-        units: Sequence[Unit],
-        evidence: Evidence | None = None,  # noqa: ARG002
-    ) -> Tensor:
+    def of_units(self, trace: Trace, units: Sequence[Unit]) -> Tensor:
         """``[units, 10 + layers * heads]``."""
         if not units:
             return torch.zeros(0, 10 + trace.image_mass[0].numel(), dtype=torch.float64)
