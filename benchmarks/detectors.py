@@ -19,13 +19,13 @@ from vlm_steer.detection import Detector, FittedDetector, Trace, Unit, build_det
 from vlm_steer.detection.base import list_detectors
 from vlm_steer.errors import SteerError
 from vlm_steer.loading import load_model
-from vlm_steer_eval.detect_data import Collected, Settings, collect, split_images
-from vlm_steer_eval.detect_drop import drop_curve
-from vlm_steer_eval.detect_labels import Labelled, caption_labels
-from vlm_steer_eval.detect_run import evaluate, fit, table
-from vlm_steer_eval.sources import embedded_chair
-from vlm_steer_eval.tables import format_metric
-from vlm_steer_eval.tasks import ChairTask, Item
+from vlm_steer_eval.benchmarks.tasks import ChairTask, Item
+from vlm_steer_eval.detection.data import Collected, Settings, collect, split_images
+from vlm_steer_eval.detection.drop import drop_curve
+from vlm_steer_eval.detection.labels import Labelled, caption_labels
+from vlm_steer_eval.detection.run import evaluate, fit, table
+from vlm_steer_eval.reports.tables import format_metric
+from vlm_steer_eval.running.sources import embedded_chair
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lookback_ratio, context": ("lookback_ratio", {"parts": ["context"]}),

@@ -21,8 +21,8 @@ from transformers import CLIPImageProcessorPil, LlavaProcessor
 
 import vlm_steer
 from vlm_steer.generation import render_prompt
-from vlm_steer_eval.bench import Shape, build_model
-from vlm_steer_eval.generation import Generator, Output, Settings
+from vlm_steer_eval.bench.overhead import Shape, build_model
+from vlm_steer_eval.running.generation import Generator, Output, Settings
 
 SHAPE = Shape(hidden=1024, intermediate=2816, layers=9, heads=16, vocabulary=16000)
 PATCH, SIDE = 14, 24

@@ -23,16 +23,16 @@ from vlm_steer.config import Spec, resolve
 from vlm_steer.engine.hooks import Method
 from vlm_steer.errors import SteerError
 from vlm_steer.loading import load_model
-from vlm_steer_eval.arms import BASELINE
-from vlm_steer_eval.benchmarks import BENCHMARKS
-from vlm_steer_eval.comparing import ALL, compare_runs
-from vlm_steer_eval.generation import Settings
-from vlm_steer_eval.metrics import compare
-from vlm_steer_eval.pipeline import run_benchmark
-from vlm_steer_eval.runs import RunArm, Runs, load_runs
-from vlm_steer_eval.sources import embedded_chair, embedded_pope
-from vlm_steer_eval.tables import format_difference, format_metric
-from vlm_steer_eval.tasks import Task
+from vlm_steer_eval.benchmarks.registry import BENCHMARKS
+from vlm_steer_eval.benchmarks.tasks import Task
+from vlm_steer_eval.reports.tables import format_difference, format_metric
+from vlm_steer_eval.running.arms import BASELINE
+from vlm_steer_eval.running.generation import Settings
+from vlm_steer_eval.running.pipeline import run_benchmark
+from vlm_steer_eval.running.runs import RunArm, Runs, load_runs
+from vlm_steer_eval.running.sources import embedded_chair, embedded_pope
+from vlm_steer_eval.statistics.comparing import ALL, compare_runs
+from vlm_steer_eval.statistics.metrics import compare
 
 STRENGTHS: dict[str, tuple[dict[str, Any], ...]] = {
     "pai": tuple({"alpha": a, "gamma": 1.0} for a in (0.2, 0.5, 1.0)),

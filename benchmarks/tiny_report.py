@@ -18,10 +18,9 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vlm_steer.tiny import CAPTION_PROMPT, model_dir
 from vlm_steer.tiny.scenes import annotations, image, training_annotations
-from vlm_steer_eval.chair import CHAIR_METRICS, TableNormaliser, score_caption
-from vlm_steer_eval.metrics import MetricSet, ratio, summarise
-from vlm_steer_eval.pope import POPE_METRICS, parse_answer, pope_counts
-from vlm_steer_eval.pope_builder import (
+from vlm_steer_eval.benchmarks.chair import CHAIR_METRICS, TableNormaliser, score_caption
+from vlm_steer_eval.benchmarks.pope import POPE_METRICS, parse_answer, pope_counts
+from vlm_steer_eval.benchmarks.pope_builder import (
     STRATEGIES,
     BuiltQuestion,
     ImageObjects,
@@ -29,7 +28,8 @@ from vlm_steer_eval.pope_builder import (
     images_from_instances,
     object_statistics,
 )
-from vlm_steer_eval.vocabulary import ObjectVocabulary
+from vlm_steer_eval.benchmarks.vocabulary import ObjectVocabulary
+from vlm_steer_eval.statistics.metrics import MetricSet, ratio, summarise
 
 PARSER = "official"
 PLACES = 6

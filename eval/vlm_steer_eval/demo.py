@@ -7,12 +7,11 @@ from pathlib import Path
 
 import vlm_steer
 from vlm_steer.report import Paragraphs, Report, render_html
-
-from .files import write_json, write_text
-from .generation import Settings
-from .pipeline import Evaluation, run_benchmark
-from .sources import embedded_chair, embedded_pope
-from .tasks import Task
+from vlm_steer_eval.benchmarks.tasks import Task
+from vlm_steer_eval.files import write_json, write_text
+from vlm_steer_eval.running.generation import Settings
+from vlm_steer_eval.running.pipeline import Evaluation, run_benchmark
+from vlm_steer_eval.running.sources import embedded_chair, embedded_pope
 
 __all__ = ["DEMO_METHODS", "Demo", "run_demo"]
 

@@ -12,9 +12,9 @@ import vlm_steer
 from vlm_steer.errors import ConfigError, DataError
 from vlm_steer.generation import encode, render_prompt, without_prompt
 from vlm_steer_eval.adapters.steered import SteeredModel, file_hash
-from vlm_steer_eval.generation import Settings
-from vlm_steer_eval.pipeline import run_benchmark
-from vlm_steer_eval.sources import local_pope
+from vlm_steer_eval.running.generation import Settings
+from vlm_steer_eval.running.pipeline import run_benchmark
+from vlm_steer_eval.running.sources import local_pope
 
 ROOT = Path(__file__).parents[2]
 QUESTION = "Is there a car in the image?"

@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_steer.errors import ConfigError, DataError
-from vlm_steer_eval.amber import (
+from vlm_steer_eval.benchmarks.amber import (
     AMBER_METRICS,
     Vocabulary,
     generative_counts,
     question_counts,
     read_caption,
 )
-from vlm_steer_eval.scoring_amber import load_similarity, score_amber
+from vlm_steer_eval.benchmarks.scoring_amber import load_similarity, score_amber
 
 WORDS = Vocabulary(
     {"grass": ["ground"], "dog": ["puppy"], "sky": [], "cat": []}, frozenset({"line"})

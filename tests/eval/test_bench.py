@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 import vlm_steer
 from vlm_steer.cli import build_app
 from vlm_steer.errors import ConfigError
-from vlm_steer_eval import bench, bench_rows
+from vlm_steer_eval.bench import overhead as bench
+from vlm_steer_eval.bench import rows as bench_rows
 
 
 @pytest.fixture(autouse=True)

@@ -10,22 +10,22 @@ import pytest
 from vlm_steer.cli import main
 from vlm_steer.errors import ConfigError, DataError
 from vlm_steer.generation import render_prompt
-from vlm_steer_eval.arms import parse_arms
-from vlm_steer_eval.benchmark_tasks import (
+from vlm_steer_eval.benchmarks.judge import RecordedJudge
+from vlm_steer_eval.benchmarks.mme import score_mme
+from vlm_steer_eval.benchmarks.mmvp import load_mmvp, mmvp_task, read_choice, score_mmvp
+from vlm_steer_eval.benchmarks.published import (
     amber_task,
     hallusion_task,
     mme_task,
     mmhal_task,
 )
-from vlm_steer_eval.generation import Settings
-from vlm_steer_eval.judge import RecordedJudge
-from vlm_steer_eval.mme import score_mme
-from vlm_steer_eval.mmvp import load_mmvp, mmvp_task, read_choice, score_mmvp
-from vlm_steer_eval.results import evaluate, score_all
-from vlm_steer_eval.runner import RunResult, run_arms
-from vlm_steer_eval.sources import local_pope
-from vlm_steer_eval.sycophancy import SYCOPHANCY_METRICS, SycophancyTask, claim, pressed
-from vlm_steer_eval.workers import Workers
+from vlm_steer_eval.benchmarks.sycophancy import SYCOPHANCY_METRICS, SycophancyTask, claim, pressed
+from vlm_steer_eval.running.arms import parse_arms
+from vlm_steer_eval.running.generation import Settings
+from vlm_steer_eval.running.results import evaluate, score_all
+from vlm_steer_eval.running.runner import RunResult, run_arms
+from vlm_steer_eval.running.sources import local_pope
+from vlm_steer_eval.running.workers import Workers
 
 
 def _write(path, rows):

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_steer.errors import ConfigError, DataError
-from vlm_steer_eval.chair import CHAIR_METRICS, TableNormaliser, score_caption
-from vlm_steer_eval.chair_opera import load_opera_normaliser
+from vlm_steer_eval.benchmarks.chair import CHAIR_METRICS, TableNormaliser, score_caption
+from vlm_steer_eval.benchmarks.chair_opera import load_opera_normaliser
+from vlm_steer_eval.benchmarks.objects import load_object_sets, objects_from_annotations
+from vlm_steer_eval.benchmarks.vocabulary import ObjectVocabulary, plural
 from vlm_steer_eval.files import image_key, read_json, read_rows
-from vlm_steer_eval.metrics import summarise
-from vlm_steer_eval.objects import load_object_sets, objects_from_annotations
-from vlm_steer_eval.vocabulary import ObjectVocabulary, plural
+from vlm_steer_eval.statistics.metrics import summarise
 
 TABLE = TableNormaliser(ObjectVocabulary.coco())
 

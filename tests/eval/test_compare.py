@@ -13,20 +13,20 @@ from vlm_steer.cli import main
 from vlm_steer.errors import ConfigError, DataError
 from vlm_steer.registry import list_methods
 from vlm_steer.report import Report, render_html
-from vlm_steer_eval import gallery as gallery_module
-from vlm_steer_eval.arms import controls_among, parse_arms, with_controls
-from vlm_steer_eval.chair import CHAIR_METRICS
-from vlm_steer_eval.compare_report import comparison_text
-from vlm_steer_eval.comparing import compare_runs
-from vlm_steer_eval.count_model import poisson_fit, rate_ratio
-from vlm_steer_eval.counts import Unit
-from vlm_steer_eval.frontier import Axes, frontier, staircase
-from vlm_steer_eval.gallery import runs_gallery
-from vlm_steer_eval.matched import Caption, at_yes_ratio, sentence_ends
-from vlm_steer_eval.pope import POPE_METRICS
-from vlm_steer_eval.runs import RunArm, Runs, load_runs
-from vlm_steer_eval.scoring import score_chair, score_pope
-from vlm_steer_eval.tables import render
+from vlm_steer_eval.benchmarks.chair import CHAIR_METRICS
+from vlm_steer_eval.benchmarks.pope import POPE_METRICS
+from vlm_steer_eval.benchmarks.scoring import score_chair, score_pope
+from vlm_steer_eval.reports import gallery as gallery_module
+from vlm_steer_eval.reports.comparison import comparison_text
+from vlm_steer_eval.reports.gallery import runs_gallery
+from vlm_steer_eval.reports.tables import render
+from vlm_steer_eval.running.arms import controls_among, parse_arms, with_controls
+from vlm_steer_eval.running.runs import RunArm, Runs, load_runs
+from vlm_steer_eval.statistics.comparing import compare_runs
+from vlm_steer_eval.statistics.count_model import poisson_fit, rate_ratio
+from vlm_steer_eval.statistics.counts import Unit
+from vlm_steer_eval.statistics.frontier import Axes, frontier, staircase
+from vlm_steer_eval.statistics.matched import Caption, at_yes_ratio, sentence_ends
 
 THINGS = ("dog", "cat", "car", "bus", "bench", "cup", "bowl", "chair")
 

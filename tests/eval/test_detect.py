@@ -12,14 +12,14 @@ from vlm_steer import cli
 from vlm_steer.detection import FittedDetector, Unit, build_detector
 from vlm_steer.detection.pickles import convert_lookback
 from vlm_steer.errors import ConfigError, DataError
-from vlm_steer_eval.chair import TableNormaliser
-from vlm_steer_eval.detect_command import parse_detectors
-from vlm_steer_eval.detect_data import Collected, split_images
-from vlm_steer_eval.detect_drop import drop_curve, without_risky_sentences
-from vlm_steer_eval.detect_labels import labelled_texts, mention_units
-from vlm_steer_eval.detect_run import evaluate, fit, refuse_leakage, table
-from vlm_steer_eval.detect_stats import Labels, best_threshold, calibration_error, evaluate_risk
-from vlm_steer_eval.vocabulary import ObjectVocabulary
+from vlm_steer_eval.benchmarks.chair import TableNormaliser
+from vlm_steer_eval.benchmarks.vocabulary import ObjectVocabulary
+from vlm_steer_eval.detection.command import parse_detectors
+from vlm_steer_eval.detection.data import Collected, split_images
+from vlm_steer_eval.detection.drop import drop_curve, without_risky_sentences
+from vlm_steer_eval.detection.labels import labelled_texts, mention_units
+from vlm_steer_eval.detection.run import evaluate, fit, refuse_leakage, table
+from vlm_steer_eval.detection.stats import Labels, best_threshold, calibration_error, evaluate_risk
 
 READER = TableNormaliser(ObjectVocabulary.coco())
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from vlm_steer.errors import DataError
+from vlm_steer_eval.benchmarks.questions import load_answers, load_questions
 from vlm_steer_eval.files import image_key, read_rows, write_json, write_rows
-from vlm_steer_eval.genlog import GenerationLog, content_key
-from vlm_steer_eval.questions import load_answers, load_questions
+from vlm_steer_eval.running.genlog import GenerationLog, content_key
 
 QUESTION = {"question_id": 1, "image": "a.png", "text": "Is there a dog?", "label": "yes"}
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_steer.errors import DataError
-from vlm_steer_eval.first_token import (
+from vlm_steer_eval.benchmarks.first_token import (
     average_precision,
     bias_for_yes_ratio,
     first_token_scores,

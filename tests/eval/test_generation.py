@@ -6,8 +6,8 @@ import torch
 from vlm_steer.errors import ConfigError, SteerError
 from vlm_steer.generation import render_prompt
 from vlm_steer.tiny.scenes import image
-from vlm_steer_eval.generation import Generator, Settings, item_seed
-from vlm_steer_eval.sampling import LIMIT, FirstTokenMargin, SeededNoise
+from vlm_steer_eval.running.generation import Generator, Settings, item_seed
+from vlm_steer_eval.running.sampling import LIMIT, FirstTokenMargin, SeededNoise
 
 WORDS = (("yes", "Yes"), ("no", "No"))
 PICTURES = [image("iid", 100_000 + index) for index in range(3)]

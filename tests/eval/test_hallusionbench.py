@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from vlm_steer.errors import DataError
-from vlm_steer_eval.hallusionbench import (
+from vlm_steer_eval.benchmarks.hallusionbench import (
     HALLUSION_METRICS,
     cluster_counts,
     judge_prompt,
     load_hallusion,
     score_hallusionbench,
 )
-from vlm_steer_eval.judge import RecordedJudge
+from vlm_steer_eval.benchmarks.judge import RecordedJudge
 
 VERDICTS = {"0": "wrong", "1": "right", "2": "unclear"}
 

@@ -9,8 +9,8 @@ import pytest
 
 from vlm_steer.cli import main
 from vlm_steer.errors import ConfigError, DataError
-from vlm_steer_eval.judge import CachedJudge, EndpointJudge, RecordedJudge, load_judge
-from vlm_steer_eval.mmhal import read_rating, score_mmhal
+from vlm_steer_eval.benchmarks.judge import CachedJudge, EndpointJudge, RecordedJudge, load_judge
+from vlm_steer_eval.benchmarks.mmhal import read_rating, score_mmhal
 
 
 def _write(path, rows):

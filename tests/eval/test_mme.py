@@ -5,7 +5,13 @@ import json
 import pytest
 
 from vlm_steer.errors import DataError
-from vlm_steer_eval.mme import COGNITION, HALLUCINATION, PERCEPTION, read_official, score_mme
+from vlm_steer_eval.benchmarks.mme import (
+    COGNITION,
+    HALLUCINATION,
+    PERCEPTION,
+    read_official,
+    score_mme,
+)
 
 
 def _write(path, rows):

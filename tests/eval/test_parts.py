@@ -9,12 +9,12 @@ import pytest
 
 from vlm_steer.cli import main
 from vlm_steer.errors import DataError
-from vlm_steer_eval.arms import parse_arms
-from vlm_steer_eval.generation import Settings
-from vlm_steer_eval.parts import RemoteLogs, remote_url
-from vlm_steer_eval.runner import run_arms
-from vlm_steer_eval.sources import local_pope
-from vlm_steer_eval.workers import Workers
+from vlm_steer_eval.running.arms import parse_arms
+from vlm_steer_eval.running.generation import Settings
+from vlm_steer_eval.running.parts import RemoteLogs, remote_url
+from vlm_steer_eval.running.runner import run_arms
+from vlm_steer_eval.running.sources import local_pope
+from vlm_steer_eval.running.workers import Workers
 
 RESULTS = ("scores.json", "samples.jsonl", "counts.jsonl", "table.txt", "run.json")
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_steer.errors import ConfigError
-from vlm_steer_eval.metrics import summarise
-from vlm_steer_eval.pope import PARSERS, POPE_METRICS, parse_answer, pope_counts
+from vlm_steer_eval.benchmarks.pope import PARSERS, POPE_METRICS, parse_answer, pope_counts
+from vlm_steer_eval.statistics.metrics import summarise
 
 
 def _metrics(parser, answers, labels, clusters=None):

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from vlm_steer.errors import DataError
-from vlm_steer_eval.pope_builder import (
+from vlm_steer_eval.benchmarks.pope_builder import (
     STRATEGIES,
     ImageObjects,
     build_pope,

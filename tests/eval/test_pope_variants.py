@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_steer.errors import DataError
-from vlm_steer_eval.beaf import BEAF_METRICS, BeafQuestion, beaf_counts, score_beaf
-from vlm_steer_eval.opope import mentions_by_table, mentions_by_word, score_opope
-from vlm_steer_eval.questions import load_questions
-from vlm_steer_eval.scoring import score_pope
-from vlm_steer_eval.vocabulary import ObjectVocabulary
+from vlm_steer_eval.benchmarks.beaf import BEAF_METRICS, BeafQuestion, beaf_counts, score_beaf
+from vlm_steer_eval.benchmarks.opope import mentions_by_table, mentions_by_word, score_opope
+from vlm_steer_eval.benchmarks.questions import load_questions
+from vlm_steer_eval.benchmarks.scoring import score_pope
+from vlm_steer_eval.benchmarks.vocabulary import ObjectVocabulary
 
 
 def _write(path, rows):

@@ -6,12 +6,12 @@ from PIL import Image
 from tests.contract.settings import ACTIVE
 from vlm_steer.engine.steer import Steering
 from vlm_steer.generation import render_prompt
-from vlm_steer_eval.arms import parse_arms
-from vlm_steer_eval.generation import Generator, Settings
-from vlm_steer_eval.parts import LOG_NAME
-from vlm_steer_eval.prefix import share_prompts
-from vlm_steer_eval.runner import run_arms
-from vlm_steer_eval.sources import local_pope
+from vlm_steer_eval.running.arms import parse_arms
+from vlm_steer_eval.running.generation import Generator, Settings
+from vlm_steer_eval.running.parts import LOG_NAME
+from vlm_steer_eval.running.prefix import share_prompts
+from vlm_steer_eval.running.runner import run_arms
+from vlm_steer_eval.running.sources import local_pope
 
 ARMS = {"var": ACTIVE["var"], "spin": "spin", "vcd": "vcd"}
 

@@ -8,8 +8,8 @@ import pytest
 from vlm_steer.cli import main
 from vlm_steer.config import list_presets, resolve
 from vlm_steer.errors import ConfigError
-from vlm_steer_eval.benchmarks import BENCHMARKS
-from vlm_steer_eval.presets import list_benchmark_presets, load_preset
+from vlm_steer_eval.benchmarks.registry import BENCHMARKS
+from vlm_steer_eval.running.presets import list_benchmark_presets, load_preset
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "benchmarks"
 

@@ -7,11 +7,11 @@ from typer.testing import CliRunner
 
 from vlm_steer.cli import build_app
 from vlm_steer.errors import ConfigError
-from vlm_steer_eval.arms import parse_arms
-from vlm_steer_eval.generation import Settings
-from vlm_steer_eval.repeat import parse_sizes, repeat_lines, repeat_run
-from vlm_steer_eval.runner import run_arms
-from vlm_steer_eval.sources import local_pope
+from vlm_steer_eval.running.arms import parse_arms
+from vlm_steer_eval.running.generation import Settings
+from vlm_steer_eval.running.repeat import parse_sizes, repeat_lines, repeat_run
+from vlm_steer_eval.running.runner import run_arms
+from vlm_steer_eval.running.sources import local_pope
 
 
 def test_sizes_are_different_whole_numbers_other_than_the_run_s():

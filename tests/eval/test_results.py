@@ -2,14 +2,14 @@
 
 import pytest
 
-from vlm_steer_eval.chair import TableNormaliser
-from vlm_steer_eval.images import SceneImage
-from vlm_steer_eval.reporting import evaluation_blocks
-from vlm_steer_eval.results import auroc, evaluate, score_all
-from vlm_steer_eval.runner import RunResult
-from vlm_steer_eval.tables import comparison_tables, footnotes, parser_line, render
-from vlm_steer_eval.tasks import ChairTask, Item, PopeTask
-from vlm_steer_eval.vocabulary import ObjectVocabulary
+from vlm_steer_eval.benchmarks.chair import TableNormaliser
+from vlm_steer_eval.benchmarks.tasks import ChairTask, Item, PopeTask
+from vlm_steer_eval.benchmarks.vocabulary import ObjectVocabulary
+from vlm_steer_eval.reports.evaluation import evaluation_blocks
+from vlm_steer_eval.reports.tables import comparison_tables, footnotes, parser_line, render
+from vlm_steer_eval.running.images import SceneImage
+from vlm_steer_eval.running.results import auroc, evaluate, score_all
+from vlm_steer_eval.running.runner import RunResult
 
 
 def _record(text, changed=None, truncated=False, margin=None):

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 from vlm_steer.errors import ConfigError, DataError, SteerError
-from vlm_steer_eval.arms import parse_arms
-from vlm_steer_eval.fingerprint import model_fingerprint
-from vlm_steer_eval.generation import Settings
-from vlm_steer_eval.parts import LOG_NAME
-from vlm_steer_eval.results import evaluate, sample_rows, score_all
-from vlm_steer_eval.runner import run_arms
-from vlm_steer_eval.sources import local_pope
+from vlm_steer_eval.running.arms import parse_arms
+from vlm_steer_eval.running.fingerprint import model_fingerprint
+from vlm_steer_eval.running.generation import Settings
+from vlm_steer_eval.running.parts import LOG_NAME
+from vlm_steer_eval.running.results import evaluate, sample_rows, score_all
+from vlm_steer_eval.running.runner import run_arms
+from vlm_steer_eval.running.sources import local_pope
 
 SETTINGS = Settings(max_new_tokens=2)
 
@@ -159,7 +159,7 @@ def test_a_full_disk_keeps_what_was_finished(
 ):
     tiny, _ = counting
     task, output = _task(question_file, image_folder), tmp_path / "out"
-    from vlm_steer_eval import genlog
+    from vlm_steer_eval.running import genlog
 
     synced = []
 

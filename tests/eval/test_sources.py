@@ -8,9 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_steer.errors import ConfigError, DataError
-from vlm_steer_eval.hub import CHAIR_COLUMNS, POPE_COLUMNS, hub_chair, hub_pope, parse_columns
-from vlm_steer_eval.images import BytesImage, FileImage, ImageError, SceneImage
-from vlm_steer_eval.sources import (
+from vlm_steer_eval.running.hub import (
+    CHAIR_COLUMNS,
+    POPE_COLUMNS,
+    hub_chair,
+    hub_pope,
+    parse_columns,
+)
+from vlm_steer_eval.running.images import BytesImage, FileImage, ImageError, SceneImage
+from vlm_steer_eval.running.sources import (
     built_pope,
     embedded_chair,
     embedded_pope,

@@ -6,9 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_steer.errors import DataError
-from vlm_steer_eval.metrics import MetricSet, compare, ratio, summarise
-from vlm_steer_eval.resampling import bootstrap_sums, cluster_totals, percentile_interval, swap_sums
-from vlm_steer_eval.stats import (
+from vlm_steer_eval.statistics.closed_form import (
     benjamini_hochberg,
     clopper_pearson,
     clustered_standard_error,
@@ -20,6 +18,13 @@ from vlm_steer_eval.stats import (
     paired_permutation,
     paired_t_test,
     wilson,
+)
+from vlm_steer_eval.statistics.metrics import MetricSet, compare, ratio, summarise
+from vlm_steer_eval.statistics.resampling import (
+    bootstrap_sums,
+    cluster_totals,
+    percentile_interval,
+    swap_sums,
 )
 
 SHARE = MetricSet(columns=("hits", "n"), formulas={"share": lambda c: ratio(c["hits"], c["n"])})

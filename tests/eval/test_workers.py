@@ -7,12 +7,12 @@ import sys
 import pytest
 
 from vlm_steer.errors import ConfigError, DataError
-from vlm_steer_eval.arms import parse_arms
-from vlm_steer_eval.generation import Settings
-from vlm_steer_eval.pipeline import run_benchmark
-from vlm_steer_eval.runner import run_arms
-from vlm_steer_eval.sources import local_pope
-from vlm_steer_eval.workers import Workers, workers_from_environment
+from vlm_steer_eval.running.arms import parse_arms
+from vlm_steer_eval.running.generation import Settings
+from vlm_steer_eval.running.pipeline import run_benchmark
+from vlm_steer_eval.running.runner import run_arms
+from vlm_steer_eval.running.sources import local_pope
+from vlm_steer_eval.running.workers import Workers, workers_from_environment
 
 RESULTS = ("samples.jsonl", "counts.jsonl", "scores.json", "table.txt", "run.json")
 

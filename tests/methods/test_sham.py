@@ -8,7 +8,7 @@ from tests.families import zoo
 from vlm_steer import functional as F
 from vlm_steer.engine.hooks import Method
 from vlm_steer.errors import ConfigError, UnsupportedModelError
-from vlm_steer_eval.arms import parse_arms
+from vlm_steer_eval.running.arms import parse_arms
 
 
 def test_moved_mass_is_what_was_asked_for_and_rows_keep_their_sum():

@@ -12,13 +12,14 @@ from typing import Any, ClassVar, Literal, TypeAlias
 from vlm_steer._options import check_fields, plain
 from vlm_steer._yaml import Place
 from vlm_steer.errors import ConfigError, DataError
+from vlm_steer_eval.benchmarks.tasks import Item, Task
 from vlm_steer_eval.choices import NormaliserName, ParserName, ScenesName
-from vlm_steer_eval.command_run import chosen_normaliser, required_folder
-from vlm_steer_eval.genlog import content_key
-from vlm_steer_eval.hub import hub_chair, hub_pope
-from vlm_steer_eval.images import ImageSource
-from vlm_steer_eval.runner import check_images
-from vlm_steer_eval.sources import (
+from vlm_steer_eval.commands.run import chosen_normaliser, required_folder
+from vlm_steer_eval.running.genlog import content_key
+from vlm_steer_eval.running.hub import hub_chair, hub_pope
+from vlm_steer_eval.running.images import ImageSource
+from vlm_steer_eval.running.runner import check_images
+from vlm_steer_eval.running.sources import (
     CAPTION_PROMPT,
     built_pope,
     embedded_chair,
@@ -27,7 +28,6 @@ from vlm_steer_eval.sources import (
     local_pope,
     subset,
 )
-from vlm_steer_eval.tasks import Item, Task
 
 __all__ = ["EMBEDDED", "Material", "Sources", "gather", "limited", "read_sources"]
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from vlm_steer._yaml import Place
 from vlm_steer.registry import did_you_mean
-from vlm_steer_eval.benchmarks import BENCHMARKS
+from vlm_steer_eval.benchmarks.registry import BENCHMARKS
 
 __all__ = ["COSTS", "METRICS", "Constraint", "Goals", "Metric", "Objective", "read_goals"]
 

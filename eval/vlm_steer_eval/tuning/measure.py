@@ -9,14 +9,14 @@ from typing import Any, TypeAlias
 
 from vlm_steer.config import dump
 from vlm_steer.engine.hooks import Method
-from vlm_steer_eval.arms import BASELINE, Arm
-from vlm_steer_eval.benchmarks import BENCHMARKS
-from vlm_steer_eval.generation import Settings
-from vlm_steer_eval.metrics import compare, summarise
-from vlm_steer_eval.resampling import cluster_totals
-from vlm_steer_eval.runner import run_arms
-from vlm_steer_eval.runs import Cost, read_costs
-from vlm_steer_eval.tasks import Task
+from vlm_steer_eval.benchmarks.registry import BENCHMARKS
+from vlm_steer_eval.benchmarks.tasks import Task
+from vlm_steer_eval.running.arms import BASELINE, Arm
+from vlm_steer_eval.running.generation import Settings
+from vlm_steer_eval.running.runner import run_arms
+from vlm_steer_eval.running.runs import Cost, read_costs
+from vlm_steer_eval.statistics.metrics import compare, summarise
+from vlm_steer_eval.statistics.resampling import cluster_totals
 
 from .data import Material
 from .goals import COSTS, METRICS, Goals

@@ -6,9 +6,9 @@ from typing import Any
 
 from vlm_steer.engine.hooks import Method
 from vlm_steer.errors import ConfigError, DataError
-from vlm_steer_eval.arms import BASELINE
-from vlm_steer_eval.pipeline import Evaluation, run_benchmark
-from vlm_steer_eval.runs import read_costs
+from vlm_steer_eval.running.arms import BASELINE
+from vlm_steer_eval.running.pipeline import Evaluation, run_benchmark
+from vlm_steer_eval.running.runs import read_costs
 
 from .goals import COSTS, METRICS, Goals
 from .measure import Meter, Score, cost_ratio, difference, per_token, summary

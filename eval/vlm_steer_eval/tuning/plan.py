@@ -10,7 +10,7 @@ from vlm_steer._options import check_fields
 from vlm_steer._yaml import Place, read_yaml
 from vlm_steer.config import VERSION, find_preset
 from vlm_steer.registry import did_you_mean
-from vlm_steer_eval.generation import Settings
+from vlm_steer_eval.running.generation import Settings
 
 from .data import EMBEDDED, Sources, read_sources
 from .goals import Goals, read_goals

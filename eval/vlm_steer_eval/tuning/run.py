@@ -16,9 +16,9 @@ from vlm_steer.errors import ConfigError, SteerError
 from vlm_steer.loading import load_model
 from vlm_steer.report import Report, render_html
 from vlm_steer_eval.files import write_json, write_rows, write_text
-from vlm_steer_eval.fingerprint import model_fingerprint, versions
-from vlm_steer_eval.genlog import content_key
-from vlm_steer_eval.tables import render
+from vlm_steer_eval.reports.tables import render
+from vlm_steer_eval.running.fingerprint import model_fingerprint, versions
+from vlm_steer_eval.running.genlog import content_key
 
 from .data import Material, gather, limited
 from .measure import Meter, Score, judged

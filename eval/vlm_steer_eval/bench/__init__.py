@@ -1,0 +1,1 @@
+"""What steering costs: whole generations, and single layers."""

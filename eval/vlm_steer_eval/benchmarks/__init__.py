@@ -1,0 +1,1 @@
+"""The benchmarks: their questions and ground truth, their parsers, their scores."""

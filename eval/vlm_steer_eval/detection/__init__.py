@@ -1,0 +1,1 @@
+"""Detectors of invented words: labels, fitting, and how much place alone would tell."""

@@ -1,0 +1,1 @@
+"""Reports for people: tables, galleries and self-contained HTML."""

@@ -1,0 +1,1 @@
+"""Statistics: metrics of counts, resampled intervals, tests, matched comparisons, frontiers."""
