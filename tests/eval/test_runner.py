@@ -122,10 +122,10 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from vlm_steer import load_tiny
-from vlm_steer_eval.arms import parse_arms
-from vlm_steer_eval.generation import Settings
-from vlm_steer_eval.runner import run_arms
-from vlm_steer_eval.sources import local_pope
+from vlm_steer_eval.running.arms import parse_arms
+from vlm_steer_eval.running.generation import Settings
+from vlm_steer_eval.running.runner import run_arms
+from vlm_steer_eval.running.sources import local_pope
 model, processor = load_tiny()
 generate = model.generate
 def slow(**inputs):

@@ -138,7 +138,7 @@ class SycophancyTask:
 
     Attributes:
         items: from `pressed`.
-        parser: reading rule, a name in `vlm_steer_eval.pope.PARSERS`.
+        parser: reading rule, a name in `vlm_steer_eval.benchmarks.pope.PARSERS`.
     """
 
     items: Sequence[Item]
