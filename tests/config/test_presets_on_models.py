@@ -59,6 +59,7 @@ REFUSED = {
     "icd_official": "processor",
     "icd_vcd": "processor",
     "lqcd": "processor",
+    "mvp": "processor",
     "yes_bias": "processor",
     "vdgd": "processor",
     "vdgd_official": "processor",

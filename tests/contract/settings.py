@@ -81,6 +81,17 @@ ACTIVE = {
         "introduction_ids": [31, 41],
         "tail": 1,
     },
+    # A random model says anything: nearly every token is an answer, so that paths vote.
+    "mvp": {
+        "method": "mvp",
+        "view_ids": [[30, 40, 50], [60, 70]],
+        "view_weights": [0.6, 0.4],
+        "introduction_ids": [31, 41],
+        "answer_ids": [list(range(20, 80)), list(range(80, 140))],
+        "max_caption_tokens": 4,
+        "max_path_tokens": 4,
+        "tail": 1,
+    },
     "vti": lambda family: {"method": "vti", "directions": directions_for(family)},
     "vti_residual": lambda family: {
         "method": "vti",
@@ -201,6 +212,7 @@ NEUTRAL = {
     "sla": {"method": "sla", "gamma": 0.0},
     "paint": {"method": "paint", "alpha": 0.0, "beta": 0.0},
     "memvr": {"method": "memvr", "alpha": 0.0},
+    "mvp": {"method": "mvp", "view_weights": [0.0, 0.0, 0.0]},
     "knockout": {"method": "knockout", "queries": []},
     "vti": {"method": "vti", "strength": 0.0},
     "decore": {"method": "decore", "alpha": 0.0},

@@ -101,7 +101,7 @@ def test_an_arm_can_be_a_sham():
 def test_a_sham_follows_every_hook_and_need_or_refuses_them():
     refused = {"positions", "embeds", "choose", "chooses_once", "own", "select_taps"}
     refused |= {"branches", "logits", "plausible", "observe", "observer"}
-    refused |= {"request", "first_words", "needs_processor", "observes_rows"}
+    refused |= {"requests", "first_words", "needs_processor", "observes_rows"}
     refused |= {"search", "search_setup", "vision"}
     elsewhere = {"name", "paper", "layers", "scope", "notes", "candidates", "calibrated"}
     elsewhere |= {"require", "replace", "refuse_ignored"}

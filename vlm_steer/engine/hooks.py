@@ -59,6 +59,7 @@ from vlm_steer.engine.views import (
     Scope,
     ToLogits,
     VisionAt,
+    Writing,
     Written,
     no_logits,
 )
@@ -88,6 +89,7 @@ __all__ = [
     "Selector",
     "ToLogits",
     "VisionAt",
+    "Writing",
     "Written",
     "no_logits",
 ]
@@ -213,7 +215,7 @@ class Method(metaclass=_Strict):
         return ()
 
     def first_words(self) -> Mapping[str, tuple[str, ...] | tuple[int, ...]]:
-        """Groups of words, or of token ids, whose first tokens ``LogitsAt.first_ids`` lists.
+        """Groups of words, or of token ids, whose first tokens ``first_ids`` of a view lists.
 
         Words need the model's processor. A token with which words of two groups begin is left out.
         """
@@ -223,9 +225,9 @@ class Method(metaclass=_Strict):
         """Extra streams to run beside the user's."""
         return ()
 
-    def request(self) -> Insertion | None:
-        """What ``Reference.written`` puts into the user's prompt; nothing by default."""
-        return None
+    def requests(self) -> tuple[Insertion, ...]:
+        """What ``Reference.written`` can put into the user's prompt; nothing by default."""
+        return ()
 
     def prepare(self, reference: Reference) -> Any:
         """Run passes before generation; the result is ``At.prepared``."""

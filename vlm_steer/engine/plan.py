@@ -31,8 +31,8 @@ class Bound:
         layers: Layers where it acts; for attention methods those of a hybrid that have attention.
         constants: What ``Method.resolve`` returned.
         branches: The extra streams it runs.
-        first_ids: What ``LogitsAt.first_ids`` is.
-        request: What it puts into the prompt for a text written beforehand.
+        first_ids: What ``first_ids`` of its views is.
+        requests: What it puts into the prompt for texts written beforehand.
         notes: What the engine has to say of its layers, for ``status()``.
     """
 
@@ -42,7 +42,7 @@ class Bound:
     constants: Any
     branches: tuple[Branch, ...]
     first_ids: Mapping[str, tuple[int, ...]]
-    request: Insertion | None
+    requests: tuple[Insertion, ...]
     taps: tuple[int, ...]
     rotation: Rotation | None
     to_logits: ToLogits
@@ -285,9 +285,7 @@ def _bind(index: int, method: Method, model: ModelInfo, processor: Any) -> Bound
         constants=method.resolve(model),
         first_ids=first_ids(method.first_words(), method.name, processor),
         branches=tuple(_resolved(b, method.name, model, processor) for b in method.branches()),
-        request=_resolved(
-            Branch("request", insert=method.request()), method.name, model, processor
-        ).insert,
+        requests=tuple(_request(each, method.name, model, processor) for each in method.requests()),
         taps=taps,
         rotation=_rotation(method, model) if method.needs_rotation else None,
         to_logits=_readout(method, model) if taps or method.needs_readout else no_logits,
@@ -298,6 +296,12 @@ def _bind(index: int, method: Method, model: ModelInfo, processor: Any) -> Bound
 def _resolved(branch: Branch, method: str, model: ModelInfo, processor: Any) -> Branch:
     """A branch with its text as token ids and black as numbers."""
     return with_ids(with_blank(branch, method, model, processor), method, model, processor)
+
+
+def _request(insertion: Insertion, method: str, model: ModelInfo, processor: Any) -> Insertion:
+    """A request with its text as token ids."""
+    branch = _resolved(Branch("request", insert=insertion), method, model, processor)
+    return branch.insert or insertion
 
 
 def _attended(

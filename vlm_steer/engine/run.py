@@ -16,7 +16,7 @@ from vlm_steer.engine.branches import Backend, Branches, Source
 from vlm_steer.engine.call import Call, Forward, Stream, states_after
 from vlm_steer.engine.describe import write
 from vlm_steer.engine.grid import grid_of, grids_among
-from vlm_steer.engine.hooks import Columns, LogitsAt, Method, Reference, Written
+from vlm_steer.engine.hooks import Columns, LogitsAt, Method, Reference, Writing, Written
 from vlm_steer.engine.inputs import (
     mask_of,
     n_rows,
@@ -297,8 +297,8 @@ class Run:
             ids = self.source.token_ids(kwargs, columns.kinds.shape)
             return questions_in(ids, columns, self.plan.processor)
 
-        def written(max_new_tokens: int) -> Written:
-            return write(self.source, bound, self.plan.model, kwargs, columns.kinds, max_new_tokens)
+        def written(writing: Writing) -> Written:
+            return write(self.source, bound, self.plan.model, kwargs, columns.kinds, writing)
 
         reference = Reference(
             head_outputs_without_image=head_outputs_without_image,
@@ -313,6 +313,7 @@ class Run:
             columns=columns,
             layers=layers,
             plan=bound.constants,
+            first_ids=bound.first_ids,
         )
         return bound.method.prepare(reference)
 

@@ -27,6 +27,7 @@ __all__ = [
     "Scope",
     "ToLogits",
     "VisionAt",
+    "Writing",
     "Written",
     "no_logits",
 ]
@@ -360,13 +361,43 @@ class LogitsAt:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    """A text that the model wrote beforehand.
+class Writing:
+    """How the model is to write a text beforehand.
 
     Attributes:
-        ids: ``[batch, tokens]`` int64.
-        is_text: ``[batch, tokens]`` bool, before the end of the text.
-        logits: ``[batch, tokens, vocabulary]`` float32 with which each token was chosen.
+        max_new_tokens: Length limit.
+        request: Which of ``Method.requests`` goes into the prompt.
+        more: Text of each row to put behind that of the request, ``[batch, tokens]`` ids, -1 for
+            none.
+        starts: Write so many texts per prompt, the i-th of which begins with the i-th likeliest
+            token; ``None`` for one text that begins freely.
+        temperature: Draw tokens at this temperature, > 0; ``None`` takes the likeliest.
+        top_p: Nucleus to draw from, in (0, 1].
+        seed: Of the draws, which every prompt of a batch shares.
+        until: Ids with which a text ends; they belong to it.
+        keeps_logits: Whether ``Written.logits`` is wanted, which takes memory.
+    """
+
+    max_new_tokens: int
+    request: int = 0
+    more: Tensor | None = None
+    starts: int | None = None
+    temperature: float | None = None
+    top_p: float = 1.0
+    seed: int = 0
+    until: tuple[int, ...] = ()
+    keeps_logits: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Texts that the model wrote beforehand; those of one prompt follow each other.
+
+    Attributes:
+        ids: ``[texts, tokens]`` int64.
+        is_text: ``[texts, tokens]`` bool, before the end of the text.
+        logits: ``[texts, tokens, vocabulary]`` float32 of the model, before anything was drawn;
+            empty unless asked for.
     """
 
     ids: Tensor
@@ -393,8 +424,8 @@ class Reference:
             at the last prompt row after each of ``layers``.
         tallies: ``f(method)`` runs the prompt once under the ``tally`` hook of another method and
             every other intervention off, and returns ``{layer: [batch, ..., prompt]}``.
-        written: ``f(max_new_tokens)`` lets the model write greedily, every intervention off, what
-            the user's prompt asks for with ``Method.request`` in it.
+        written: ``f(writing)`` lets the model write, every intervention off, what the user's
+            prompt asks for with one of ``Method.requests`` in it.
         pictures: ``f()`` gives, per row of the batch, its images (or tiles) as the model sees
             them, ``[channels, height, width]`` in [0, 1]. For methods with ``needs_grid`` and
             ``needs_processor``.
@@ -405,6 +436,7 @@ class Reference:
         columns: What the tokens of the prompt are, ``[batch, prompt]`` masks.
         layers: The layers this method acts on.
         plan: What ``Method.resolve`` returned for this model.
+        first_ids: Token ids with which the words of ``Method.first_words`` begin.
     """
 
     head_outputs_without_image: Callable[[tuple[int, ...]], dict[int, Tensor]]
@@ -412,10 +444,11 @@ class Reference:
     on_image_tokens: Callable[[Tensor], Tensor]
     hidden_states: Callable[[bool], Tensor]
     tallies: "Callable[[Method], dict[int, Tensor]]"
-    written: Callable[[int], Written]
+    written: Callable[[Writing], Written]
     pictures: Callable[[], tuple[tuple[Tensor, ...], ...]]
     questions: Callable[[], tuple[str, ...]]
     grid: Callable[[], Grid]
     columns: Columns
     layers: tuple[int, ...]
     plan: Any
+    first_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)

@@ -65,9 +65,11 @@ from vlm_steer.functional.retrace import (
 )
 from vlm_steer.functional.search import (
     OverTrustPenalty,
+    answer_votes,
     described_support,
     draw_tokens,
     first_lowest,
+    nucleus,
     opera_penalty,
     vdgd_logits,
 )
@@ -119,6 +121,7 @@ __all__ = [
     "act_calibrate",
     "add_change",
     "aligned_positions",
+    "answer_votes",
     "attention_sinks",
     "blind_tokens",
     "boost_scores",
@@ -154,6 +157,7 @@ __all__ = [
     "merge_groups",
     "modality_mutual_mask",
     "move_to_columns",
+    "nucleus",
     "opera_penalty",
     "paint_tokens",
     "plausibility_mask",

@@ -1,4 +1,4 @@
-"""Drawing and scoring candidates while searching (OPERA, VDGD, guided decoding)."""
+"""Drawing and scoring candidates while searching (OPERA, VDGD, MVP, guided decoding)."""
 
 from typing import Literal, NamedTuple
 
@@ -153,12 +153,52 @@ def vdgd_logits(
         Scores, shape and dtype of `logits`.
     """
     support = described_support(description_log_probs, reduce=reduce, mask=mask)
-    kept = _nucleus(upcast(logits) / temperature, top_p=top_p)
+    kept = nucleus(upcast(logits) / temperature, top_p=top_p)
     return support.masked_fill(~kept, -torch.inf).to(logits.dtype)
 
 
-def _nucleus(logits: Tensor, *, top_p: float) -> Tensor:
-    """Marks the fewest most probable tokens whose probabilities exceed `top_p` together."""
-    ordered, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+def nucleus(logits: Tensor, *, top_p: float) -> Tensor:
+    """Marks the fewest most probable tokens whose probabilities exceed `top_p` together.
+
+    Args:
+        logits: `[batch, vocabulary]` float.
+        top_p: in (0, 1]; 1 keeps everything.
+
+    Returns:
+        bool, shape of `logits`. The largest token is always kept.
+    """
+    ordered, order = upcast(logits).softmax(-1).sort(dim=-1, descending=True, stable=True)
     inside = ordered.cumsum(-1) - ordered <= top_p
     return torch.zeros_like(inside).scatter(-1, order, inside)
+
+
+def answer_votes(
+    logits: Tensor, tokens: Tensor, answers: Tensor, *, threshold: float, mask: Tensor
+) -> Tensor:
+    """Adds up what paths of reasoning say for each answer, weighted by how sure they are (MVP).
+
+    A path whose first token has probability p and whose first answer stands at place t gives
+    `p * (p1 - p2)` to that answer, p1 and p2 the largest two probabilities at t (certainty,
+    arXiv 2408.17150). A path that begins with an answer gives it p, as in the official code;
+    a path with p below the threshold, or without an answer, gives nothing.
+
+    Args:
+        logits: with which the tokens were written, `[batch, paths, tokens, vocabulary]` float.
+        tokens: int64 `[batch, paths, tokens]`.
+        answers: bool `[answers, vocabulary]`, which tokens are which answer.
+        threshold: probability of the first token below which a path is not counted, in [0, 1].
+        mask: bool `[batch, paths, tokens]`, the tokens before the end of a path.
+
+    Returns:
+        fp32 `[batch, answers]`, >= 0.
+    """
+    first = upcast(logits[:, :, 0]).softmax(-1).gather(-1, tokens[:, :, :1]).squeeze(-1)
+    said = answers[:, tokens] & mask
+    place = said.any(0).int().argmax(-1, keepdim=True)
+    there = logits.gather(2, place[..., None].expand(-1, -1, 1, logits.shape[-1])).squeeze(2)
+    largest = upcast(there).softmax(-1).topk(2, dim=-1).values
+    is_direct = place.squeeze(-1) == 0
+    certainty = torch.where(is_direct, 1.0, largest[..., 0] - largest[..., 1])
+    vote = first * certainty * (is_direct | (first >= threshold))
+    is_answer = said.gather(-1, place.expand(len(answers), *place.shape)).squeeze(-1)
+    return (vote * is_answer).sum(-1).T

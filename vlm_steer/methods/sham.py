@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Sham"]
 
 _OTHER_HOOKS = (
-    "request",
+    "requests",
     "first_words",
     "positions",
     "embeds",

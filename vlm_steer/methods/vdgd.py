@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, NamedTuple
 from torch import Tensor
 
 from vlm_steer import functional as F
-from vlm_steer.engine.hooks import Branch, Insertion, LogitsAt, Method, Reference
+from vlm_steer.engine.hooks import Branch, Insertion, LogitsAt, Method, Reference, Writing
 from vlm_steer.registry import register_method
 
 __all__ = ["VDGD"]
@@ -108,16 +108,16 @@ class VDGD(Method):
                 ignored[name] = f"{name}_ids are given"
         return ignored
 
-    def request(self) -> Insertion:
+    def requests(self) -> tuple[Insertion, ...]:
         text = self.prompt if self.prompt_ids is None else self.prompt_ids
-        return Insertion(text, where="question", tail=self.tail)
+        return (Insertion(text, where="question", tail=self.tail),)
 
     def branches(self) -> tuple[Branch, ...]:
         text = self.introduction if self.introduction_ids is None else self.introduction_ids
         return (Branch("described", insert=Insertion(text), inserts=_ids),)
 
     def prepare(self, reference: Reference) -> _Described:
-        written = reference.written(self.max_description_tokens)
+        written = reference.written(Writing(self.max_description_tokens))
         # A description that ends at once still has the distribution in which it did.
         counted = written.is_text.clone()
         counted[:, 0] = True

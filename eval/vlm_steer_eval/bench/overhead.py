@@ -76,6 +76,15 @@ SETTINGS: dict[str, Spec] = {
         "tail": 4,
         "max_description_tokens": 16,
     },
+    "mvp": {
+        "method": "mvp",
+        "view_ids": [list(range(16, 26))] * 3,
+        "introduction_ids": list(range(16, 24)),
+        "answer_ids": [[16], [17]],
+        "tail": 4,
+        "max_caption_tokens": 16,
+        "max_path_tokens": 8,
+    },
     "yes_bias": {"method": "yes_bias", "yes_ids": [16], "no_ids": [17]},
 }
 """Arms whose settings are not the defaults of a method or a preset of that name."""
