@@ -148,7 +148,7 @@ def _dropping(
     truth = {item.id: frozenset(item.gold["objects"]) for item in task.items}
     return {
         name: drop_curve(
-            fitted[name].raw(data.features[name]).numpy(),
+            fitted[name].raw(data.features[name], data.words).numpy(),
             data,
             truth,
             task.normaliser,

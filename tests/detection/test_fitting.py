@@ -7,10 +7,14 @@ import torch
 
 from vlm_steer import load_tiny
 from vlm_steer.detection import (
+    Calibrator,
     FittedDetector,
+    Training,
     build_detector,
     fit_calibrator,
     fit_logistic,
+    fit_network,
+    fit_residual,
     list_detectors,
     made_for,
 )
@@ -92,18 +96,47 @@ def test_what_cannot_be_fitted_is_refused(planted):
         fit_logistic(x.nan_to_num(), y).logits(x[:, :3].nan_to_num())
 
 
-def test_a_saved_detector_is_the_same_bit_for_bit(planted, tmp_path):
+@pytest.mark.parametrize("classifier", ["logistic", "mlp"])
+def test_a_saved_detector_is_the_same_bit_for_bit(planted, tmp_path, classifier):
     x, y = planted
+    words = torch.arange(400).remainder(50).double()
     detector = build_detector("svar", {"heads": "each", "layers": [0, 2]})
-    logistic = fit_logistic(x, y)
-    calibrator = fit_calibrator("isotonic", logistic.logits(x), y)
+    residual = fit_residual(x, words)
+    left = residual(x, words)
+    fitted = (
+        fit_logistic(left, y)
+        if classifier == "logistic"
+        else fit_network(left, y, Training(4, epochs=2))
+    )
+    calibrator = fit_calibrator("isotonic", fitted.logits(left), y)
     model, processor = load_tiny()
-    saved = FittedDetector(detector, logistic, calibrator, 0.4, made_for(model, processor))
+    about = made_for(model, processor)
+    saved = FittedDetector(detector, fitted, calibrator, 0.4, about, residual=residual)
+    saved = saved.at_base_rate(0.1)
     saved.save(tmp_path)
     loaded = FittedDetector.load(tmp_path, model, processor)
     assert loaded.detector == detector
-    assert loaded.risk_of(x).equal(saved.risk_of(x))
-    assert loaded.threshold == 0.4
+    assert loaded.risk_of(x, words).equal(saved.risk_of(x, words))
+    assert loaded.threshold == saved.threshold
+    assert loaded.calibrator.base_rate == 0.1
+    with pytest.raises(ConfigError, match="give words"):
+        loaded.risk_of(x)
+
+
+def test_detectors_of_the_first_format_are_read_and_those_of_later_ones_refused(planted, tmp_path):
+    x, y = planted
+    FittedDetector(build_detector("svar", {"heads": "each"}), fit_logistic(x, y)).save(tmp_path)
+    path = tmp_path / "detector.json"
+    about = json.loads(path.read_text())
+    del about["classifier"], about["fitted_rate"], about["base_rate"]
+    path.write_text(json.dumps({**about, "format": "vlm_steer.detector/1"}))
+    assert FittedDetector.load(tmp_path).risk_of(x).equal(fit_logistic(x, y).logits(x))
+    path.write_text(json.dumps({**about, "format": "vlm_steer.detector/3"}))
+    with pytest.raises(DataError, match="this version of vlm-steer reads"):
+        FittedDetector.load(tmp_path)
+    path.write_text(json.dumps({**about, "format": "vlm_steer.detector/2", "classifier": "tree"}))
+    with pytest.raises(DataError, match="'tree' is unknown"):
+        FittedDetector.load(tmp_path)
 
 
 @pytest.mark.parametrize("field", ["layers", "heads", "chat_template", "cue", "family"])
@@ -134,3 +167,45 @@ def test_damaged_files_and_unknown_names_are_told(tmp_path):
     with pytest.raises(ConfigError, match="pool is 'last'"):
         build_detector("svar", {"pool": "last"})
     assert {"position", "svar", "lookback_ratio"} <= set(list_detectors())
+
+
+@pytest.mark.parametrize("kind", ["platt", "temperature", "isotonic"])
+def test_another_base_rate_moves_every_odds_by_the_same_factor(planted, kind):
+    x, y = planted
+    logistic = fit_logistic(x, y)
+    risk = logistic.logits(x)
+    calibrator = fit_calibrator(kind, risk, y)
+    rate = float(y.double().mean())
+    assert calibrator.fitted_rate == pytest.approx(rate)
+    detector = FittedDetector(build_detector("svar"), logistic, calibrator, 0.4)
+    rare = detector.at_base_rate(0.05)
+    old, new = detector.risk_of(x), rare.risk_of(x)
+    factor = (0.05 / 0.95) / (rate / (1 - rate))
+    inner = (old > 0) & (old < 1)
+    expected = factor * old[inner] / (1 - old[inner])
+    torch.testing.assert_close(new[inner] / (1 - new[inner]), expected)
+    assert (new > rare.threshold).equal(old > detector.threshold)
+    back = rare.at_base_rate(rate)
+    torch.testing.assert_close(back.risk_of(x), old)
+    assert back.threshold == pytest.approx(0.4)
+
+
+def test_a_base_rate_that_cannot_be_is_refused(planted):
+    x, y = planted
+    calibrator = fit_calibrator("platt", x[:, 0], y)
+    detector = FittedDetector(build_detector("entropy"), calibrator=calibrator)
+    for rate in (0.0, 1.0, 7.0):
+        with pytest.raises(ConfigError, match="between 0 and 1"):
+            detector.at_base_rate(rate)
+    with pytest.raises(ConfigError, match="no probabilities"):
+        FittedDetector(build_detector("entropy")).at_base_rate(0.1)
+    unknown = Calibrator("platt", torch.ones(2).double())
+    with pytest.raises(ConfigError, match="what share of units"):
+        FittedDetector(build_detector("entropy"), calibrator=unknown).at_base_rate(0.1)
+
+
+def test_a_risk_that_points_the_wrong_way_is_calibrated_to_the_base_rate(planted):
+    x, y = planted
+    risk = -fit_logistic(x, y).logits(x)
+    probability = fit_calibrator("platt", risk, y)(risk)
+    torch.testing.assert_close(probability, y.double().mean().expand(400))

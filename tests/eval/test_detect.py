@@ -1,5 +1,6 @@
 """Detectors are judged on images they have not seen, beside what a word's place tells alone."""
 
+import dataclasses
 import json
 import pickle
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from vlm_steer import cli
-from vlm_steer.detection import FittedDetector, Unit, build_detector
+from vlm_steer.detection import FittedDetector, Training, Unit, build_detector
 from vlm_steer.detection.pickles import convert_lookback
 from vlm_steer.errors import ConfigError, DataError
 from vlm_steer_eval.benchmarks.chair import TableNormaliser
@@ -18,7 +19,7 @@ from vlm_steer_eval.detection.command import parse_detectors
 from vlm_steer_eval.detection.data import Collected, split_images
 from vlm_steer_eval.detection.drop import drop_curve, without_risky_sentences
 from vlm_steer_eval.detection.labels import labelled_texts, mention_units
-from vlm_steer_eval.detection.run import evaluate, fit, refuse_leakage, table
+from vlm_steer_eval.detection.run import Recipe, evaluate, fit, refuse_leakage, table
 from vlm_steer_eval.detection.stats import Labels, best_threshold, calibration_error, evaluate_risk
 
 READER = TableNormaliser(ObjectVocabulary.coco())
@@ -225,6 +226,50 @@ def test_fitting_and_judging_keep_images_apart():
     refuse_leakage(fitted, fresh)
 
 
+def test_what_the_place_tells_is_taken_off_features():
+    data, other = planted(place=1.5), planted(n_images=100, place=1.5, seed=1)
+    for position, low, high in (("none", 0.75, 1.0), ("residualize", 0.4, 0.6)):
+        fitted = fit(build_detector("margin"), data, {}, Recipe(position=position))
+        risk = fitted.raw(other.features["margin"], other.words).numpy()
+        auroc = evaluate_risk(risk, other.as_labels(), n_resamples=10)["auroc"]["value"]
+        assert low < auroc < high
+    assert fitted.made_of["position"] == "residualize"
+
+
+def test_weights_of_places_leave_the_signal_alone():
+    data = planted(place=1.5, signal=1.0)
+    both = torch.cat([data.features["position"], data.features["entropy"]], dim=1)
+    data = dataclasses.replace(data, features={"entropy": both})
+    share = {}
+    for position in ("none", "ipw"):
+        fitted = fit(build_detector("entropy"), data, {}, Recipe(position=position))
+        place, signal = fitted.classifier.coef.tolist()
+        share[position] = abs(place / signal)
+    assert share["none"] > 0.8
+    assert share["ipw"] < 0.35
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_the_network_is_fitted_by_either_preset(preset, monkeypatch):
+    monkeypatch.setattr(
+        "vlm_steer_eval.detection.run.choose_training", lambda *_, **__: Training(8, 1e-2, 4)
+    )
+    data = planted(n_images=60, signal=2.0)
+    recipe = Recipe(preset, classifier="mlp", position="ipw")
+    fitted = fit(build_detector("entropy"), data, {}, recipe)
+    assert fitted.classifier.kind == "mlp"
+    assert fitted.classifier.scale.eq(1).all() == (preset == "paper")
+    assert fitted.made_of["epochs"] == 4
+    result = evaluate_risk(fitted.raw(data.features["entropy"]).numpy(), data.as_labels())
+    assert result["auroc"]["value"] > 0.8
+
+
+def test_the_place_cannot_be_taken_out_of_the_place():
+    for position in ("residualize", "ipw"):
+        with pytest.raises(ConfigError, match="nothing but the place"):
+            fit(build_detector("position"), planted(), {}, Recipe(position=position))
+
+
 def test_an_image_in_two_parts_is_refused():
     data = planted(n_images=20)
     parts = split_images(data.image)
@@ -320,20 +365,19 @@ def test_detectors_are_fitted_used_and_judged_from_the_command_line(run, tmp_pat
     assert (folder / "detector.safetensors").is_file()
     result = json.loads((folder / "detection.json").read_text())
     assert result["detectors"]["svar"]["auroc"]["ci95"] is not None
-    code, out, err = run(
-        "detect",
-        "score",
-        folder,
-        "--image",
-        image_folder / "scene_0.png",
-        "--text",
-        "A dog and a car.",
-        "--json",
-    )
+    score = ["detect", "score", folder, "--image", image_folder / "scene_0.png"]
+    score += ["--text", "A dog and a car.", "--json"]
+    code, out, err = run(*score)
     assert code == 0, err
     units = json.loads(out)[0]["units"]
     assert [unit["text"] for unit in units] == ["dog", "car"]
     assert all(0 <= unit["risk"] <= 1 for unit in units)
+    _, out, _ = run(*score, "--base-rate", 0.01)
+    rarer = json.loads(out)[0]["units"]
+    assert all(new["risk"] < old["risk"] for new, old in zip(rarer, units, strict=True))
+    assert [unit["flagged"] for unit in rarer] == [unit["flagged"] for unit in units]
+    code, _, err = run("detect", "score", "svar", *score[3:], "--base-rate", 0.01)
+    assert (code, "--base-rate 0.01 has no effect" in err) == (2, True)
     code, out, err = run(
         "detect",
         "eval",

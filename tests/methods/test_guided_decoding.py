@@ -257,7 +257,8 @@ def some_detector(model: Any, processor: Any, **options: Any) -> FittedDetector:
     info = inspect_model(model)
     size = len(detector.parts) * info.n_layers * int(info.text_config.num_attention_heads)
     coef = torch.randn(size, generator=torch.Generator().manual_seed(0)).double()
-    weights = Logistic(coef, torch.zeros((), dtype=torch.float64), 0.5 + 0 * coef, 0.1 + 0 * coef)
+    intercept = torch.zeros((), dtype=torch.float64)
+    weights = Logistic(coef=coef, intercept=intercept, mean=0.5 + 0 * coef, scale=0.1 + 0 * coef)
     return FittedDetector(detector, weights, made_for=made_for(model, processor))
 
 

@@ -1,27 +1,15 @@
-"""Logistic regression and calibration, in torch and float64."""
+"""Logistic regression, in torch and float64."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from vlm_steer.errors import DataError
 
-__all__ = [
-    "CALIBRATORS",
-    "Calibrator",
-    "CalibratorName",
-    "Logistic",
-    "choose_strength",
-    "fit_calibrator",
-    "fit_logistic",
-    "group_folds",
-]
-
-CalibratorName: TypeAlias = Literal["platt", "temperature", "isotonic"]
-CALIBRATORS: tuple[CalibratorName, ...] = ("platt", "temperature", "isotonic")
+__all__ = ["Classifier", "Logistic", "choose_strength", "fit_logistic", "group_folds"]
 
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
 MIN_PER_CLASS = 5
@@ -30,8 +18,41 @@ _FEWEST = 1e-12
 _TRIAL_ITERATIONS = 60
 
 
-@dataclass(frozen=True, eq=False)
-class Logistic:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Classifier:
+    """Fitted weights: from features to log-odds.
+
+    Attributes:
+        mean: ``[d]`` float64, subtracted from the features.
+        scale: ``[d]`` they are then divided by.
+    """
+
+    kind: ClassVar[str] = ""
+
+    mean: Tensor
+    scale: Tensor
+
+    def logits(self, features: Tensor) -> Tensor:
+        """``[n]`` float64 log-odds of ``[n, d]`` features.
+
+        Raises:
+            DataError: The features are of another number, or not finite.
+        """
+        check_features(features)
+        if features.shape[1] != self.mean.shape[0]:
+            raise DataError(
+                f"{features.shape[1]} features were given to weights for {self.mean.shape[0]}. "
+                "The detector was fitted with other options or on another model."
+            )
+        return self.of_scaled((features.double() - self.mean) / self.scale)
+
+    def of_scaled(self, x: Tensor) -> Tensor:
+        """``[n]`` log-odds of ``[n, d]`` standardised features."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Logistic(Classifier):
     """A fitted logistic regression.
 
     Attributes:
@@ -41,24 +62,14 @@ class Logistic:
         scale: ``[d]`` they are then divided by.
     """
 
+    kind: ClassVar[str] = "logistic"
+
     coef: Tensor
     intercept: Tensor
-    mean: Tensor
-    scale: Tensor
 
-    def logits(self, features: Tensor) -> Tensor:
-        """``[n]`` log-odds of ``[n, d]`` features.
-
-        Raises:
-            DataError: The features are of another number, or not finite.
-        """
-        check_features(features)
-        if features.shape[1] != self.coef.shape[0]:
-            raise DataError(
-                f"{features.shape[1]} features were given to weights for {self.coef.shape[0]}. "
-                "The detector was fitted with other options or on another model."
-            )
-        return ((features.double() - self.mean) / self.scale) @ self.coef + self.intercept
+    def of_scaled(self, x: Tensor) -> Tensor:
+        """``[n]`` log-odds of ``[n, d]`` standardised features."""
+        return x @ self.coef + self.intercept
 
 
 def check_features(features: Tensor) -> None:
@@ -115,18 +126,14 @@ def fit_logistic(
     """
     check_features(features)
     check_classes(labels)
-    given, truth = features.double(), labels.double()
-    mean, scale = torch.zeros_like(given[0]), torch.ones_like(given[0])
-    if standardise:
-        mean, scale = given.mean(0), given.std(0, correction=0)
-        scale = torch.where(scale > _FEWEST, scale, 1.0)
-    x = (given - mean) / scale
+    truth = labels.double()
+    mean, scale = scaling(features, is_wanted=standardise)
+    x = (features.double() - mean) / scale
     basis = _principal(x, components)
     x = x if basis is None else x @ basis
     w = torch.ones_like(truth) if weights is None else weights.double()
-    if is_balanced:
-        share = w @ truth / w.sum()
-        w = w * torch.where(truth == 1, 0.5 / share, 0.5 / (1 - share))
+    penalty = 0.5 / (strength * float(w.sum()))
+    w = shares(truth, w, is_balanced=is_balanced)
     solution = torch.zeros(x.shape[1] + 1, dtype=torch.float64, requires_grad=True)
     solver = torch.optim.LBFGS(
         [solution],
@@ -141,17 +148,41 @@ def fit_logistic(
     def loss() -> Tensor:
         solver.zero_grad()
         logits = x @ solution[:-1] + solution[-1]
-        losses = torch.nn.functional.binary_cross_entropy_with_logits(
-            logits, truth, weight=w, reduction="sum"
-        )
-        total: Tensor = solution[:-1].square().sum() / 2 + strength * losses
+        # A mean, so that the solver's tolerances mean the same for few units and for many.
+        total = penalty * solution[:-1].square().sum() + weighted_loss(logits, truth, w)
         total.backward()  # type: ignore[no-untyped-call]  # untyped upstream
         return total
 
     with torch.enable_grad():
         solver.step(loss)  # type: ignore[no-untyped-call]  # untyped upstream
     coef, intercept = solution.detach()[:-1].clone(), solution.detach()[-1].clone()
-    return Logistic(coef if basis is None else basis @ coef, intercept, mean, scale)
+    coef = coef if basis is None else basis @ coef
+    return Logistic(coef=coef, intercept=intercept, mean=mean, scale=scale)
+
+
+def scaling(features: Tensor, *, is_wanted: bool) -> tuple[Tensor, Tensor]:
+    """``[d]`` means and standard deviations, 1 for what is constant; 0 and 1 if not wanted."""
+    given = features.double()
+    if not is_wanted:
+        return torch.zeros_like(given[0]), torch.ones_like(given[0])
+    scale = given.std(0, correction=0)
+    return given.mean(0), torch.where(scale > _FEWEST, scale, 1.0)
+
+
+def shares(truth: Tensor, weights: Tensor, *, is_balanced: bool) -> Tensor:
+    """``[n]`` what each unit counts in the mean loss; they sum to 1."""
+    w = weights / weights.sum()
+    if is_balanced:
+        positive = w @ truth
+        w = w * torch.where(truth == 1, 0.5 / positive, 0.5 / (1 - positive))
+    return w
+
+
+def weighted_loss(logits: Tensor, truth: Tensor, weights: Tensor) -> Tensor:
+    """Cross-entropy of log-odds, summed with weights, nats."""
+    return torch.nn.functional.binary_cross_entropy_with_logits(
+        logits, truth, weight=weights, reduction="sum"
+    )
 
 
 def _principal(x: Tensor, components: int | None) -> Tensor | None:
@@ -176,6 +207,7 @@ def choose_strength(
     labels: Tensor,
     groups: Sequence[str],
     *,
+    weights: Tensor | None = None,
     strengths: Sequence[float] = STRENGTHS,
     n_folds: int = 5,
     seed: int = 0,
@@ -186,11 +218,13 @@ def choose_strength(
         features: ``[n, d]``.
         labels: ``[n]``, 0 or 1.
         groups: The image of each unit: no image is in two folds.
+        weights: ``[n]`` of the units; 1 for all when omitted.
         strengths: What to try.
         n_folds: Parts the groups are divided into, >= 2.
         seed: Seed of the division.
     """
     folds = group_folds(groups, n_folds, seed)
+    w = torch.ones(len(labels), dtype=torch.float64) if weights is None else weights.double()
     losses = dict.fromkeys(strengths, 0.0)
     for fold in range(n_folds):
         kept, left = folds != fold, folds == fold
@@ -200,96 +234,12 @@ def choose_strength(
         for strength in strengths:
             # Far from convergence already tells which strength is better.
             fitted = fit_logistic(
-                features[kept], labels[kept], strength=strength, max_iterations=_TRIAL_ITERATIONS
+                features[kept],
+                labels[kept],
+                strength=strength,
+                weights=w[kept],
+                max_iterations=_TRIAL_ITERATIONS,
             )
-            losses[strength] += float(
-                torch.nn.functional.binary_cross_entropy_with_logits(
-                    fitted.logits(features[left]), labels[left].double(), reduction="sum"
-                )
-            )
+            logits = fitted.logits(features[left])
+            losses[strength] += float(weighted_loss(logits, labels[left].double(), w[left]))
     return min(losses, key=lambda strength: losses[strength])
-
-
-# -- calibration ------------------------------------------------------------------------------
-@dataclass(frozen=True, eq=False)
-class Calibrator:
-    """From a raw risk to a probability, never out of order.
-
-    Attributes:
-        kind: ``platt`` (slope and shift of the log-odds), ``temperature`` (slope alone) or
-            ``isotonic`` (steps).
-        values: ``[2]`` slope and shift, or ``[2, steps]`` risks and their probabilities.
-    """
-
-    kind: CalibratorName
-    values: Tensor
-
-    def __call__(self, risk: Tensor) -> Tensor:
-        """``[n]`` probabilities of ``[n]`` raw risks, float64."""
-        risk = risk.double()
-        if self.kind != "isotonic":
-            slope, shift = self.values
-            probability: Tensor = torch.sigmoid(slope * risk + shift)
-            return probability
-        at, steps = self.values
-        place = torch.searchsorted(at, risk.contiguous()).clamp(1, len(at) - 1)
-        width = (at[place] - at[place - 1]).clamp(min=_FEWEST)
-        share = ((risk - at[place - 1]) / width).clamp(0, 1)
-        between: Tensor = steps[place - 1] + share * (steps[place] - steps[place - 1])
-        return between
-
-
-def fit_calibrator(kind: CalibratorName, risk: Tensor, labels: Tensor) -> Calibrator:
-    """Fit a calibrator on units that the detector was not fitted on.
-
-    Args:
-        kind: Which.
-        risk: ``[n]`` raw risks.
-        labels: ``[n]``, 0 or 1.
-
-    Raises:
-        DataError: There are too few units of a class.
-    """
-    check_features(risk[:, None])
-    check_classes(labels)
-    if kind == "isotonic":
-        return Calibrator(kind, _isotonic(risk.double(), labels.double()))
-    if kind == "platt":
-        fitted = fit_logistic(risk[:, None], labels, strength=1e6, is_balanced=False)
-        slope = (fitted.coef[0] / fitted.scale[0]).clamp(min=0)
-        shift = fitted.intercept - fitted.coef[0].clamp(min=0) * fitted.mean[0] / fitted.scale[0]
-        return Calibrator(kind, torch.stack([slope, shift]))
-    return Calibrator(
-        kind, torch.stack([_temperature(risk.double(), labels.double()), torch.zeros(())])
-    )
-
-
-def _temperature(risk: Tensor, labels: Tensor) -> Tensor:
-    """The slope of least loss, found by golden section over its logarithm."""
-
-    def loss(log_slope: float) -> float:
-        logits = risk * torch.tensor(log_slope).exp()
-        return float(torch.nn.functional.binary_cross_entropy_with_logits(logits, labels))
-
-    low, high, golden = -8.0, 8.0, (5**0.5 - 1) / 2
-    for _ in range(60):
-        a, b = high - golden * (high - low), low + golden * (high - low)
-        low, high = (low, b) if loss(a) <= loss(b) else (a, high)
-    slope: Tensor = torch.tensor((low + high) / 2, dtype=torch.float64).exp()
-    return slope
-
-
-def _isotonic(risk: Tensor, labels: Tensor) -> Tensor:
-    """``[2, steps]`` by pooling adjacent violators."""
-    values, inverse = torch.unique(risk, return_inverse=True)
-    weight = torch.zeros_like(values).index_add(0, inverse, torch.ones_like(labels))
-    total = torch.zeros_like(values).index_add(0, inverse, labels)
-    blocks: list[list[float]] = []  # weight, sum, number of values
-    for w, t in zip(weight.tolist(), total.tolist(), strict=True):
-        blocks.append([w, t, 1])
-        while len(blocks) > 1 and blocks[-2][1] / blocks[-2][0] >= blocks[-1][1] / blocks[-1][0]:
-            last = blocks.pop()
-            blocks[-1] = [a + b for a, b in zip(blocks[-1], last, strict=True)]
-    fitted = [t / w for w, t, n in blocks for _ in range(int(n))]
-    steps = torch.stack([values, torch.tensor(fitted, dtype=torch.float64)])
-    return steps if steps.shape[1] > 1 else steps.repeat(1, 2)

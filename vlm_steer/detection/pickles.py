@@ -128,7 +128,12 @@ def convert_lookback(path: Path, *, layers: int, heads: int) -> FittedDetector:
             f"{layers * heads}. Give the --layers and --heads of its model."
         )
     detector = build_detector("lookback_ratio", {"parts": ["context"]})
-    logistic = Logistic(-coef, -intercept[0], torch.zeros_like(coef), torch.ones_like(coef))
+    logistic = Logistic(
+        coef=-coef,
+        intercept=-intercept[0],
+        mean=torch.zeros_like(coef),
+        scale=torch.ones_like(coef),
+    )
     shape = {"layers": layers, "heads": heads, "n_features": len(coef)}
     return FittedDetector(
         detector, logistic, made_for=shape, made_of={"source": path.name, "preset": "paper"}

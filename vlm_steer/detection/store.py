@@ -8,7 +8,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,19 @@ from vlm_steer import __version__
 from vlm_steer.calibration import model_shape
 from vlm_steer.detection._inputs import answer_cue
 from vlm_steer.detection.base import Detector, Evidence, Unit, build_detector
-from vlm_steer.detection.fitting import CALIBRATORS, Calibrator, Logistic
+from vlm_steer.detection.fitting import Classifier, Logistic
+from vlm_steer.detection.network import Network
+from vlm_steer.detection.place import Residual
+from vlm_steer.detection.probability import CALIBRATORS, Calibrator, moved
 from vlm_steer.detection.trace import Trace
 from vlm_steer.engine.model import inspect_model
 from vlm_steer.errors import ConfigError, DataError, SteerWarning
 
 __all__ = ["FittedDetector", "made_for"]
 
-_FORMAT = "vlm_steer.detector/1"
-_LOGISTIC = ("coef", "intercept", "mean", "scale")
+_FORMAT = "vlm_steer.detector/2"
+_READABLE = (_FORMAT, "vlm_steer.detector/1")
+_CLASSIFIERS: Mapping[str, type[Classifier]] = {cls.kind: cls for cls in (Logistic, Network)}
 
 
 def made_for(model: Any, processor: Any) -> dict[str, Any]:
@@ -48,19 +52,21 @@ class FittedDetector:
 
     Attributes:
         detector: What it looks at.
-        logistic: Weights of its features; ``None`` where its one feature is the risk.
+        classifier: Weights of its features; ``None`` where its one feature is the risk.
         calibrator: From that to a probability; ``None`` leaves log-odds, or the feature.
         threshold: Risk above which a unit counts as hallucinated, chosen on calibration images.
         made_for: From ``made_for``, and ``n_features``.
         made_of: What it was fitted on, as plain data.
+        residual: What the place of a word tells of its features is taken off them first.
     """
 
     detector: Detector
-    logistic: Logistic | None = None
+    classifier: Classifier | None = None
     calibrator: Calibrator | None = None
     threshold: float | None = None
     made_for: Mapping[str, Any] = field(default_factory=dict)
     made_of: Mapping[str, Any] = field(default_factory=dict)
+    residual: Residual | None = None
 
     @property
     def is_calibrated(self) -> bool:
@@ -69,18 +75,53 @@ class FittedDetector:
 
     def risk(self, trace: Trace, units: Sequence[Unit], evidence: Evidence | None = None) -> Tensor:
         """``[units]`` float64 risks: probabilities where calibrated, else in units of its own."""
-        return self.risk_of(self.detector.features(trace, units, evidence))
+        words = torch.tensor([unit.word for unit in units], dtype=torch.float64)
+        return self.risk_of(self.detector.features(trace, units, evidence), words)
 
-    def risk_of(self, features: Tensor) -> Tensor:
-        """``[units]`` risks of ``[units, d]`` features."""
-        raw = self.raw(features)
+    def risk_of(self, features: Tensor, words: Tensor | None = None) -> Tensor:
+        """``[units]`` risks of ``[units, d]`` features and the ``[units]`` words before each."""
+        raw = self.raw(features, words)
         return raw if self.calibrator is None else self.calibrator(raw)
 
-    def raw(self, features: Tensor) -> Tensor:
-        """``[units]`` risks before calibration: log-odds, or the one feature."""
-        if self.logistic is None:
+    def raw(self, features: Tensor, words: Tensor | None = None) -> Tensor:
+        """``[units]`` risks before calibration: log-odds, or the one feature.
+
+        Raises:
+            ConfigError: The detector needs the words before each unit, and they were not given.
+        """
+        if self.residual is not None:
+            if words is None:
+                raise ConfigError(
+                    f"{self.detector.name} was fitted to what places leave open, so it needs the "
+                    "words before each unit: give words."
+                )
+            features = self.residual(features, words)
+        if self.classifier is None:
             return self.detector.raw_risk(features)
-        return self.logistic.logits(features)
+        return self.classifier.logits(features)
+
+    def at_base_rate(self, base_rate: float) -> "FittedDetector":
+        """The same detector where another share of units is hallucinated than it was fitted on.
+
+        Probabilities and the threshold move alike, so the same units are flagged.
+
+        Args:
+            base_rate: The share, in (0, 1).
+
+        Raises:
+            ConfigError: It is outside, or the detector is not calibrated.
+        """
+        if self.calibrator is None:
+            raise ConfigError(
+                f"{self.detector.name} gives no probabilities that a base rate could correct. Fit "
+                f"it: vlm-steer detect fit {self.detector.name}."
+            )
+        threshold, old = self.threshold, self.calibrator.rate
+        calibrator = self.calibrator.at_base_rate(base_rate)
+        if threshold is not None and old is not None:
+            at = torch.tensor(threshold, dtype=torch.float64)
+            threshold = float(moved(at, old, base_rate))
+        return replace(self, calibrator=calibrator, threshold=threshold)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``detector.json`` and, where it has any numbers, ``detector.safetensors``.
@@ -88,22 +129,8 @@ class FittedDetector:
         Raises:
             ConfigError: The folder cannot be written.
         """
-        tensors: dict[str, Tensor] = {}
-        if self.logistic is not None:
-            tensors |= {name: getattr(self.logistic, name) for name in _LOGISTIC}
-        if self.calibrator is not None:
-            tensors["calibrator"] = self.calibrator.values.double()
-        about = {
-            "format": _FORMAT,
-            "detector": self.detector.name,
-            "options": self.detector.options(),
-            "label_positive": "hallucinated",
-            "calibrator": None if self.calibrator is None else self.calibrator.kind,
-            "threshold": self.threshold,
-            "made_for": dict(self.made_for),
-            "made_of": dict(self.made_of),
-            "vlm_steer": __version__,
-        }
+        tensors = self._tensors()
+        about = self._about()
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
             contiguous = {name: value.contiguous() for name, value in tensors.items()}
@@ -112,6 +139,33 @@ class FittedDetector:
             (Path(folder) / "detector.json").write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"cannot write {os.fspath(folder)}: {error.strerror}.") from error
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        if self.classifier is not None:
+            tensors |= {f.name: getattr(self.classifier, f.name) for f in fields(self.classifier)}
+        if self.calibrator is not None:
+            tensors["calibrator"] = self.calibrator.values.double()
+        if self.residual is not None:
+            tensors |= {"residual.knots": self.residual.knots, "residual.coef": self.residual.coef}
+        return tensors
+
+    def _about(self) -> dict[str, Any]:
+        calibrator = self.calibrator
+        return {
+            "format": _FORMAT,
+            "detector": self.detector.name,
+            "options": self.detector.options(),
+            "label_positive": "hallucinated",
+            "classifier": None if self.classifier is None else self.classifier.kind,
+            "calibrator": None if calibrator is None else calibrator.kind,
+            "fitted_rate": None if calibrator is None else calibrator.fitted_rate,
+            "base_rate": None if calibrator is None else calibrator.base_rate,
+            "threshold": self.threshold,
+            "made_for": dict(self.made_for),
+            "made_of": dict(self.made_of),
+            "vlm_steer": __version__,
+        }
 
     @classmethod
     def load(
@@ -136,23 +190,14 @@ class FittedDetector:
         """
         about, tensors = _read(Path(folder))
         try:
-            detector = build_detector(about["detector"], about["options"])
-            kind = about["calibrator"]
-            logistic = None
-            if "coef" in tensors:
-                logistic = Logistic(*(tensors[name].double() for name in _LOGISTIC))
-            calibrator = None
-            if kind is not None:
-                if kind not in CALIBRATORS:
-                    raise DataError(f"{folder}: the calibrator {kind!r} is unknown.")
-                calibrator = Calibrator(kind, tensors["calibrator"])
             found = cls(
-                detector,
-                logistic,
-                calibrator,
+                build_detector(about["detector"], about["options"]),
+                _classifier(about, tensors, os.fspath(folder)),
+                _calibrator(about, tensors, os.fspath(folder)),
                 about["threshold"],
                 about["made_for"],
                 about["made_of"],
+                _residual(tensors),
             )
         except (KeyError, TypeError) as error:
             raise DataError(
@@ -195,8 +240,41 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors = load_file(folder / "detector.safetensors")
     except (ValueError, SafetensorError, OSError) as error:
         raise DataError(f"{folder} is damaged: {error}. Fit the detector again.") from error
-    if not isinstance(about, dict) or about.get("format") != _FORMAT:
-        raise DataError(f"{folder} holds no detector of vlm-steer (expected format {_FORMAT}).")
+    if not isinstance(about, dict) or about.get("format") not in _READABLE:
+        raise DataError(
+            f"{folder} holds no detector that this version of vlm-steer reads (expected format "
+            f"{' or '.join(_READABLE)})."
+        )
     if any(not bool(torch.isfinite(value).all()) for value in tensors.values()):
         raise DataError(f"{folder} holds weights that are not finite. Fit the detector again.")
     return about, tensors
+
+
+def _classifier(
+    about: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: str
+) -> Classifier | None:
+    # The first format knew of one kind.
+    kind = about.get("classifier", "logistic" if "coef" in tensors else None)
+    if kind is None:
+        return None
+    if kind not in _CLASSIFIERS:
+        raise DataError(f"{folder}: the classifier {kind!r} is unknown.")
+    cls = _CLASSIFIERS[kind]
+    return cls(**{f.name: tensors[f.name].double() for f in fields(cls)})
+
+
+def _calibrator(
+    about: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: str
+) -> Calibrator | None:
+    kind = about["calibrator"]
+    if kind is None:
+        return None
+    if kind not in CALIBRATORS:
+        raise DataError(f"{folder}: the calibrator {kind!r} is unknown.")
+    return Calibrator(kind, tensors["calibrator"], about.get("fitted_rate"), about.get("base_rate"))
+
+
+def _residual(tensors: Mapping[str, Tensor]) -> Residual | None:
+    if "residual.knots" not in tensors:
+        return None
+    return Residual(tensors["residual.knots"], tensors["residual.coef"])

@@ -34,7 +34,7 @@ def load_detectors(
     for given in detectors:
         fitted = _load(given, model, processor)
         name = fitted.detector.name
-        if fitted.detector.must_be_fitted and fitted.logistic is None:
+        if fitted.detector.must_be_fitted and fitted.classifier is None:
             raise ConfigError(
                 f"{name} says nothing before it is fitted. Fit it with vlm-steer detect fit "
                 f"{name}, and give the folder that this writes."

@@ -72,6 +72,11 @@ def fitted_guide(path: str, model: "ModelInfo") -> LookbackGuide:
             f"guided_decoding: {path} is a detector {fitted.detector.name} of {options}; it takes "
             "a fitted lookback_ratio with pool: mean, as it judges chunks by their mean."
         )
+    if fitted.residual is not None:
+        raise ConfigError(
+            f"guided_decoding: {path} was fitted with --position residualize and asks how many "
+            "words come before, which chunks of tokens do not tell. Fit it with none or ipw."
+        )
     here = model_shape(model)
     differing = [
         f"{name} {fitted.made_for[name]} instead of {value}"

@@ -31,12 +31,34 @@ CalibratorOption: TypeAlias = Annotated[
     Literal["platt", "temperature", "isotonic"],
     typer.Option("--calibrator", help="From log-odds to probabilities."),
 ]
+ClassifierOption: TypeAlias = Annotated[
+    Literal["logistic", "mlp"],
+    typer.Option(
+        "--classifier", help="Logistic regression, or the network of one hidden layer of SVAR."
+    ),
+]
+PositionOption: TypeAlias = Annotated[
+    Literal["none", "residualize", "ipw"],
+    typer.Option(
+        "--position",
+        help="Keep the place of words out of the weights: take what it tells off each feature "
+        "(residualize), or weigh units to equal class shares at every place (ipw).",
+    ),
+]
+BaseRate: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        "--base-rate",
+        help="Share of hallucinated units to expect here, in (0, 1): corrects probabilities that "
+        "were fitted where it was another.",
+    ),
+]
 PresetOption: TypeAlias = Annotated[
     Literal["default", "paper"],
     typer.Option(
         "--preset",
         help="How weights are fitted: default (standardised, balanced, strength by "
-        "cross-validation over images) or paper (none of it).",
+        "cross-validation over images) or paper (neither scaled nor balanced, strength 1).",
     ),
 ]
 MentionsOption: TypeAlias = Annotated[
@@ -187,6 +209,8 @@ def fit(
     options: OptionsOption = None,
     method: Method = "none",
     preset: PresetOption = "default",
+    classifier: ClassifierOption = "logistic",
+    position: PositionOption = "none",
     calibrator: CalibratorOption = "platt",
     max_new_tokens: Tokens = 512,
     resamples: Resamples = 1000,
@@ -194,21 +218,18 @@ def fit(
 ) -> None:
     """Fit detectors on texts of a model, calibrate them, and judge them on images left out."""
     from vlm_steer_eval.detection.command import fit_and_judge, parse_detectors
+    from vlm_steer_eval.detection.data import Settings
+    from vlm_steer_eval.detection.run import Recipe
 
-    chosen = parse_detectors(detectors, options or [])
     table, folders = fit_and_judge(
-        chosen,
+        parse_detectors(detectors, options or []),
         data.labelled(),
         model,
         loading.loading(),
         output,
-        method=method,
-        preset=preset,
-        calibrator=calibrator,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
+        Recipe(preset, classifier, position, calibrator, data.seed),
+        settings=Settings(max_new_tokens, method, batch_size),
         resamples=resamples,
-        seed=data.seed,
     )
     typer.echo(table, nl=False)
     for folder in folders:
@@ -226,6 +247,7 @@ def evaluate(
     output: OutputFolder,
     model: ModelName = "tiny",
     options: OptionsOption = None,
+    base_rate: BaseRate = None,
     method: Method = "none",
     max_new_tokens: Tokens = 512,
     resamples: Resamples = 1000,
@@ -233,6 +255,7 @@ def evaluate(
 ) -> None:
     """Judge detectors on images that they were not fitted on, beside the controls."""
     from vlm_steer_eval.detection.command import judge
+    from vlm_steer_eval.detection.data import Settings
 
     table = judge(
         detectors,
@@ -241,9 +264,8 @@ def evaluate(
         model,
         loading.loading(),
         output,
-        method=method,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
+        run=Settings(max_new_tokens, method, batch_size),
+        base_rate=base_rate,
         resamples=resamples,
         seed=data.seed,
     )
@@ -264,6 +286,7 @@ def score(
         str | None, typer.Option("--text", help="Judge this text instead of generating one.")
     ] = None,
     options: OptionsOption = None,
+    base_rate: BaseRate = None,
     method: Method = "none",
     every_token: Annotated[
         bool, typer.Option("--every-token", help="Judge every token, not only COCO objects.")
@@ -285,6 +308,7 @@ def score(
         method=method,
         every_token=every_token,
         max_new_tokens=max_new_tokens,
+        base_rate=base_rate,
     )
     if as_json:
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))

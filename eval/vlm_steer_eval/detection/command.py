@@ -20,7 +20,6 @@ from vlm_steer.detection import (
     trace_answers,
     trace_generation,
 )
-from vlm_steer.detection.fitting import CalibratorName
 from vlm_steer.errors import ConfigError
 from vlm_steer.generation import answer_ids, encode, render_prompt
 from vlm_steer.images import open_image
@@ -31,7 +30,7 @@ from vlm_steer_eval.files import write_json, write_text
 
 from .data import Collected, Settings, collect, split_images
 from .labels import Labelled, mention_units
-from .run import CONTROLS, evaluate, fit, table
+from .run import CONTROLS, Recipe, evaluate, fit, table
 
 __all__ = ["fit_and_judge", "judge", "parse_detectors", "rate"]
 
@@ -63,26 +62,22 @@ def fit_and_judge(
     model_name: str,
     loading: Mapping[str, Any],
     output: Path,
+    recipe: Recipe,
     *,
-    method: str,
-    preset: str,
-    calibrator: CalibratorName,
-    max_new_tokens: int,
-    batch_size: int,
+    settings: Settings,
     resamples: int,
-    seed: int,
 ) -> tuple[str, list[Path]]:
     """Fit on 60 % of the images, calibrate on 20 %, judge on 20 %; returns table and folders."""
+    for detector in detectors.values():
+        recipe.check(detector)
     model, processor = load_model(model_name, **loading)
     everything = {**{name: build_detector(name) for name in BASELINES}, **detectors}
-    settings = Settings(max_new_tokens, method, batch_size)
     data = _labelled(source, model, processor, everything, settings, output, model_name)
-    parts = split_images(data.image, seed)
+    parts = split_images(data.image, recipe.seed)
     about = made_for(model, processor)
+    plain = Recipe(calibrator=recipe.calibrator, seed=recipe.seed)
     fitted = {
-        name: fit(
-            detector, data, about, preset=preset, calibrator=calibrator, parts=parts, seed=seed
-        )
+        name: fit(detector, data, about, recipe if name in detectors else plain, parts=parts)
         for name, detector in everything.items()
     }
     folders = []
@@ -90,7 +85,7 @@ def fit_and_judge(
         folders.append(output if len(detectors) == 1 else output / name)
         fitted[name].save(folders[-1])
     test = data.where(torch.tensor([part == "test" for part in parts]))
-    result = evaluate(fitted, test, n_resamples=resamples, seed=seed)
+    result = evaluate(fitted, test, n_resamples=resamples, seed=recipe.seed)
     return _report(result, data, output), folders
 
 
@@ -102,18 +97,16 @@ def judge(
     loading: Mapping[str, Any],
     output: Path,
     *,
-    method: str,
-    max_new_tokens: int,
-    batch_size: int,
+    run: Settings,
+    base_rate: float | None,
     resamples: int,
     seed: int,
 ) -> str:
     """Judge detectors on all images of a source; returns the table."""
     model, processor = load_model(model_name, **loading)
-    chosen = _loaded(names, settings, model, processor)
+    chosen = _loaded(names, settings, model, processor, base_rate)
     chosen = {**{name: FittedDetector(build_detector(name)) for name in BASELINES}, **chosen}
     looks = {name: fitted.detector for name, fitted in chosen.items()}
-    run = Settings(max_new_tokens, method, batch_size)
     data = _labelled(source, model, processor, looks, run, output, model_name)
     result = evaluate(chosen, data, n_resamples=resamples, seed=seed)
     return _report(result, data, output)
@@ -143,9 +136,13 @@ def _report(result: Mapping[str, Any], data: Collected, output: Path) -> str:
 
 
 def _loaded(
-    names: Sequence[str], settings: Sequence[str], model: Any, processor: Any
+    names: Sequence[str],
+    settings: Sequence[str],
+    model: Any,
+    processor: Any,
+    base_rate: float | None,
 ) -> dict[str, FittedDetector]:
-    """Detectors by folder or name."""
+    """Detectors by folder or name, and at a base rate where they are calibrated."""
     known = list_detectors()
     plain = [name for name in names if name in known and not Path(name, "detector.json").is_file()]
     found = {
@@ -165,7 +162,14 @@ def _loaded(
             build_detector(name)  # says which names there are
         fitted = FittedDetector.load(name, model, processor)
         key = fitted.detector.name
+        if base_rate is not None:
+            fitted = fitted.at_base_rate(base_rate)
         found[key if key not in found else name] = fitted
+    if base_rate is not None and not any(fitted.is_calibrated for fitted in found.values()):
+        raise ConfigError(
+            f"--base-rate {base_rate} has no effect: {', '.join(names)} give no probabilities. Fit "
+            "one: vlm-steer detect fit"
+        )
     return found
 
 
@@ -181,6 +185,7 @@ def rate(
     method: str,
     every_token: bool,
     max_new_tokens: int,
+    base_rate: float | None,
 ) -> list[dict[str, Any]]:
     """Rate the words of one text per image."""
     methods = resolve(method)
@@ -188,7 +193,7 @@ def rate(
         raise ConfigError("--method has no effect on a text that is given; leave it out")
     pictures = [open_image(path) for path in images]
     model, processor = load_model(model_name, **loading)
-    ((_, fitted),) = _loaded([name], settings, model, processor).items()
+    ((_, fitted),) = _loaded([name], settings, model, processor, base_rate).items()
     rows = []
     for path, picture in zip(images, pictures, strict=True):
         asked = render_prompt(processor, prompt)

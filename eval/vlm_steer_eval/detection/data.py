@@ -84,6 +84,11 @@ class Collected:
         """`[units]`, 1, 0 or -1."""
         return torch.tensor([unit.label for unit in self.units], dtype=torch.long)
 
+    @property
+    def words(self) -> Tensor:
+        """`[units]` float64, words before each unit in its text."""
+        return torch.tensor([unit.word for unit in self.units], dtype=torch.float64)
+
     def where(self, is_kept: Tensor) -> "Collected":
         """Some of the units."""
         kept = is_kept.nonzero().flatten().tolist()
@@ -107,7 +112,7 @@ class Collected:
             self.labels.numpy() == 1,
             self.image,
             self.item,
-            np.array([unit.word for unit in self.units], dtype=np.float64),
+            self.words.numpy(),
             np.array([unit.occurrence for unit in self.units], dtype=np.float64),
         )
 

@@ -1,27 +1,34 @@
 """Fitting detectors and judging them, on images that fitting has not seen."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vlm_steer.detection import (
+    Classifier,
     Detector,
     FittedDetector,
-    Logistic,
     choose_strength,
+    choose_training,
+    equal_odds,
     fit_calibrator,
     fit_logistic,
+    fit_network,
+    fit_residual,
 )
-from vlm_steer.detection.fitting import CalibratorName
-from vlm_steer.errors import DataError
+from vlm_steer.detection.fitting import check_classes, check_features
+from vlm_steer.detection.place import PlaceMode
+from vlm_steer.detection.probability import CalibratorName
+from vlm_steer.errors import ConfigError, DataError
 
 from .data import PARTS, Collected, split_images
 from .stats import best_threshold, evaluate_risk
 
-__all__ = ["CONTROLS", "evaluate", "fit", "refuse_leakage", "table"]
+__all__ = ["CONTROLS", "Recipe", "evaluate", "fit", "refuse_leakage", "table"]
 
 CONTROLS = ("position", "occurrence")
 """What tells only where a word stands; every detector is held against both together."""
@@ -35,16 +42,42 @@ _COLUMNS = (
 )
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How detectors are fitted.
+
+    Attributes:
+        preset: `default` (standardised, both classes weighed alike, strength or training chosen on
+            left-out images) or `paper` (neither of the former; strength 1 for `logistic`).
+        classifier: `logistic`, or `mlp`, the network of SVAR's authors.
+        position: `none`; `residualize` fits to what the place leaves open of each feature; `ipw`
+            weighs units so that every tenth of places holds both classes in the same proportion.
+        calibrator: `platt`, `temperature` or `isotonic`.
+        seed: of divisions, and of training.
+    """
+
+    preset: Literal["default", "paper"] = "default"
+    classifier: Literal["logistic", "mlp"] = "logistic"
+    position: PlaceMode = "none"
+    calibrator: CalibratorName = "platt"
+    seed: int = 0
+
+    def check(self, detector: Detector) -> None:
+        """Raise ConfigError where the place is taken out of a detector that knows nothing else."""
+        if self.position != "none" and detector.name == "position":
+            raise ConfigError(
+                f"position knows nothing but the place: fit it without --position {self.position}"
+            )
+
+
 def fit(
     detector: Detector,
     data: Collected,
     made_for: Mapping[str, Any],
+    recipe: Recipe = Recipe(),
     *,
-    preset: str = "default",
-    calibrator: CalibratorName = "platt",
     parts: Sequence[str] | None = None,
     name: str | None = None,
-    seed: int = 0,
 ) -> FittedDetector:
     """Fit weights on training images, calibration and threshold on calibration images.
 
@@ -52,39 +85,34 @@ def fit(
         detector: the detector; `data` holds its features under its name.
         data: labelled units.
         made_for: from `vlm_steer.detection.made_for`.
-        preset: `default` (standardised, balanced, strength by cross-validation over images) or
-            `paper` (none of these, strength 1).
-        calibrator: `platt`, `temperature` or `isotonic`.
+        recipe: how.
         parts: part of each unit; by `split_images` when omitted.
         name: name of its features in `data`, where it is not that of the detector.
-        seed: of the division.
 
     Raises:
+        ConfigError: the recipe takes the place out of a detector that knows nothing else.
         DataError: an image is in two parts, a part has too few units of a class, or features are
             not finite.
     """
-    parts = split_images(data.image, seed) if parts is None else parts
+    recipe.check(detector)
+    parts = split_images(data.image, recipe.seed) if parts is None else parts
     _refuse_shared(data.image, parts)
     train, calibration = (
         data.where(torch.tensor([part == name for part in parts])) for name in PARTS[:2]
     )
     name = detector.name if name is None else name
-    features = train.features[name]
-    logistic, strength = _fit_weights(features, train, preset, seed)
-    plain = FittedDetector(detector, logistic)
-    raw = plain.raw(calibration.features[name])
-    calibrated = fit_calibrator(calibrator, raw, calibration.labels)
+    plain, about = _fit_weights(detector, train.features[name], train, recipe)
+    raw = plain.raw(calibration.features[name], calibration.words)
+    calibrated = fit_calibrator(recipe.calibrator, raw, calibration.labels)
     risk = calibrated(raw).numpy()
-    return FittedDetector(
-        detector,
-        logistic,
-        calibrated,
-        best_threshold(risk, calibration.labels.numpy() == 1),
-        {**made_for, "n_features": features.shape[1]},
-        {
-            "preset": preset,
-            "strength": strength,
-            "seed": seed,
+    return replace(
+        plain,
+        calibrator=calibrated,
+        threshold=best_threshold(risk, calibration.labels.numpy() == 1),
+        made_for={**made_for, "n_features": train.features[name].shape[1]},
+        made_of={
+            **asdict(recipe),
+            **about,
             "n_units": len(train.units),
             "base_rate": float(train.labels.double().mean()),
             "images": {
@@ -96,22 +124,58 @@ def fit(
 
 
 def _fit_weights(
-    features: Tensor, train: Collected, preset: str, seed: int
-) -> tuple[Logistic, float]:
-    if preset == "paper":
+    detector: Detector, features: Tensor, train: Collected, recipe: Recipe
+) -> tuple[FittedDetector, dict[str, Any]]:
+    """The detector with its weights, and what was chosen for them."""
+    weights, residual = None, None
+    check_features(features)
+    check_classes(train.labels)
+    if recipe.position == "residualize":
+        residual = fit_residual(features, train.words)
+        features = residual(features, train.words)
+    elif recipe.position == "ipw":
+        weights = equal_odds(train.words, train.labels)
+        is_used = weights > 0
+        features, train, weights = features[is_used], train.where(is_used), weights[is_used]
+    build = _logistic if recipe.classifier == "logistic" else _network
+    classifier, about = build(features, train, weights, recipe)
+    return FittedDetector(detector, classifier, residual=residual), about
+
+
+def _logistic(
+    features: Tensor, train: Collected, weights: Tensor | None, recipe: Recipe
+) -> tuple[Classifier, dict[str, Any]]:
+    strength = 1.0
+    if recipe.preset == "paper":
         fitted = fit_logistic(
             features,
             train.labels,
-            strength=1.0,
+            weights=weights,
             standardise=False,
             is_balanced=False,
             components=None,
         )
-        return fitted, 1.0
-    strength = 1.0
+        return fitted, {"strength": strength}
     if features.shape[1] > 1:
-        strength = choose_strength(features, train.labels, train.image, seed=seed)
-    return fit_logistic(features, train.labels, strength=strength), strength
+        strength = choose_strength(
+            features, train.labels, train.image, weights=weights, seed=recipe.seed
+        )
+    fitted = fit_logistic(features, train.labels, strength=strength, weights=weights)
+    return fitted, {"strength": strength}
+
+
+def _network(
+    features: Tensor, train: Collected, weights: Tensor | None, recipe: Recipe
+) -> tuple[Classifier, dict[str, Any]]:
+    is_default = recipe.preset == "default"
+    options: Any = {
+        "weights": weights,
+        "standardise": is_default,
+        "is_balanced": is_default,
+        "seed": recipe.seed,
+    }
+    training = choose_training(features, train.labels, train.image, **options)
+    return fit_network(features, train.labels, training, **options), training._asdict()
 
 
 def _refuse_shared(images: Sequence[str], parts: Sequence[str]) -> None:
@@ -154,7 +218,7 @@ def evaluate(
     found = {}
     for name, detector in detectors.items():
         refuse_leakage(detector, data)
-        raw = detector.raw(data.features[name])
+        raw = detector.raw(data.features[name], data.words)
         calibrated = None if detector.calibrator is None else detector.calibrator(raw).numpy()
         found[name] = evaluate_risk(
             raw.numpy(),

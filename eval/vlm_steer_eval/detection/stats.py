@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from vlm_steer.detection import fit_logistic
 from vlm_steer.detection.fitting import MIN_PER_CLASS, group_folds
+from vlm_steer.detection.place import strata
 from vlm_steer.errors import DataError
 from vlm_steer_eval.benchmarks.first_token import Bools, average_precision, ranked_auroc
 from vlm_steer_eval.statistics.metrics import Floats, ratio
@@ -17,7 +18,6 @@ from vlm_steer_eval.statistics.resampling import percentile_interval
 
 __all__ = ["Labels", "best_threshold", "calibration_error", "evaluate_risk"]
 
-_STRATA = 10
 _NEAR = 10
 _BINS = 15
 _BLOCK = 100
@@ -172,8 +172,7 @@ def _with_intervals(
 
 def _stratified(risk: Floats, labels: Labels) -> Callable[[Floats], Floats]:
     """AUROC among units in the same tenth of positions, pooled over their pairs."""
-    edges = np.unique(np.quantile(labels.word, np.linspace(0, 1, _STRATA + 1)[1:-1]))
-    stratum = np.searchsorted(edges, labels.word, side="right")
+    stratum = strata(torch.from_numpy(labels.word)).numpy()
     members = [np.flatnonzero(stratum == s) for s in np.unique(stratum)]
 
     def measure(weights: Floats) -> Floats:
