@@ -18,14 +18,17 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def render_prompt(processor: Any, text: str, history: Sequence[tuple[str, str]] = ()) -> str:
-    """The whole prompt of a question about one image.
+def render_prompt(
+    processor: Any, text: str, history: Sequence[tuple[str, str]] = (), *, has_image: bool = True
+) -> str:
+    """The whole prompt of a question about one image, or about none.
 
     Args:
         processor: What ``AutoProcessor.from_pretrained`` returned. Its chat template is used when
             it has one; otherwise the prompt is its image token, then the question.
         text: The question.
         history: Questions and answers before it; the image stands in front of the first.
+        has_image: Whether there is an image.
     """
     turns = [*(turn for pair in history for turn in pair), text]
     if getattr(processor, "chat_template", None):
@@ -33,28 +36,31 @@ def render_prompt(processor: Any, text: str, history: Sequence[tuple[str, str]] 
             {"role": role, "content": [{"type": "text", "text": turn}]}
             for role, turn in zip(cycle(("user", "assistant")), turns, strict=False)
         ]
-        messages[0]["content"].insert(0, {"type": "image"})
+        if has_image:
+            messages[0]["content"].insert(0, {"type": "image"})
         prompt: str = processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False
         )
         return prompt
-    token = getattr(processor, "image_token", None)
+    token = getattr(processor, "image_token", None) if has_image else None
     return "\n".join([token, *turns] if token else turns)
 
 
-def encode(processor: Any, prompts: Sequence[str], images: Sequence[Image.Image]) -> BatchFeature:
-    """Prepare one image per prompt, padded on the left; on the CPU.
+def encode(
+    processor: Any, prompts: Sequence[str], images: Sequence[Image.Image] | None
+) -> BatchFeature:
+    """Prepare one image per prompt, or none at all, padded on the left; on the CPU.
 
     Args:
         processor: The model's processor.
         prompts: Whole prompts, as ``render_prompt`` returns them.
-        images: One image per prompt.
+        images: One image per prompt; None for prompts without images.
     """
     bos = getattr(getattr(processor, "tokenizer", processor), "bos_token", None)
     # Some chat templates write the token that the tokenizer would add.
     is_written = isinstance(bos, str) and all(prompt.startswith(bos) for prompt in prompts)
     inputs: BatchFeature = processor(
-        images=[[image] for image in images],
+        images=None if images is None else [[image] for image in images],
         text=list(prompts),
         padding=True,
         padding_side="left",

@@ -226,6 +226,17 @@ def test_mme_of_a_run_scores_like_its_answer_file(tmp_path):
         mme_task(tmp_path, tmp_path, remove="!")
 
 
+class _Rater:
+    name = "rater"
+
+    def ask(self, prompts):
+        return {
+            key: f"{'correct' if 'is right' in text else 'unclear'}; "
+            f"Rating: {6 if 'A dog' in text else 1}"
+            for key, text in prompts.items()
+        }
+
+
 def test_hallusionbench_of_a_run_counts_whole_sets_of_pictures(tmp_path):
     rows = [
         {
@@ -238,13 +249,19 @@ def test_hallusionbench_of_a_run_counts_whole_sets_of_pictures(tmp_path):
     rows.append(rows[0] | {"category": "VS", "visual_input": "0", "filename": None})
     path = tmp_path / "HallusionBench.json"
     path.write_text(json.dumps(rows))
-    task = hallusion_task(path, tmp_path, suffix=" Yes or no?")
+    task = hallusion_task(path, tmp_path, suffix=" Yes or no?", images_only=True)
     assert len(task.items) == 4
     assert task.items[0].image.path == tmp_path / "VD/map/0_0.png"
     values = _values(_evaluated(task, {i.id: "No" for i in task.items}), "VD")
     assert (values["aAcc"], values["fAcc"], values["qAcc"]) == (0.5, 0.5, 0)
     fewer = _evaluated(task, {i.id: "No" for i in task.items[1:]})
     assert fewer["arms"]["none"]["VD"]["n"] == 1
+    judged = hallusion_task(path, tmp_path, judge=_Rater())
+    assert [item.has_image for item in judged.items] == [True] * 4 + [False]
+    answers = {i.id: "It is right." if i.has_image else "Who knows?" for i in judged.items}
+    values = _values(_evaluated(judged, answers), "all")
+    assert (values["aAcc"], values["unclear"]) == (1, 1)  # "unclear" is right without a picture
+    assert judged.scoring["judge"] == "rater"
 
 
 def test_amber_of_a_run_asks_its_queries(tmp_path):
@@ -274,17 +291,11 @@ def test_mmhal_of_a_run_asks_a_judge_that_can_be_asked(tmp_path):
     template = tmp_path / "response_template.json"
     template.write_text(json.dumps(rows))
 
-    class Rater:
-        name = "rater"
-
-        def ask(self, prompts):
-            return {k: f"Rating: {6 if 'A dog' in v else 1}" for k, v in prompts.items()}
-
-    task = mmhal_task(template, tmp_path, Rater())
+    task = mmhal_task(template, tmp_path, _Rater())
     assert task.items[0].image.path == tmp_path / "a.jpg"
     assert _values(_evaluated(task, {"0": "A dog."}), "other")["rating"] == 6
     assert _values(_evaluated(task, {"0": "?"}), "other")["hallucination_rate"] == 1
-    with pytest.raises(ConfigError, match="score mmhal"):
+    with pytest.raises(ConfigError, match="vlm-steer score"):
         mmhal_task(template, tmp_path, RecordedJudge(tmp_path / "r.jsonl"))
 
 

@@ -75,14 +75,19 @@ def test_an_unknown_file_system_is_refused():
         RemoteLogs("nowhere://bucket/run")
 
 
-def _eval(question_file, image_folder, output, capsys):
+def _main(*arguments):
     with pytest.raises(SystemExit) as stop:
-        main(
-            ["eval", "pope", "--questions", str(question_file), "--images", str(image_folder),
-             "--max-new-tokens", "2", "--batch-size", "4", "--resamples", "20",
-             "--output", str(output)]
-        )  # fmt: skip
-    assert not stop.value.code, capsys.readouterr().err
+        main([str(argument) for argument in arguments])
+    return stop.value.code
+
+
+def _eval(question_file, image_folder, output, capsys, *more):
+    code = _main(
+        "eval", "pope", "--questions", question_file, "--images", image_folder,
+        "--max-new-tokens", "2", "--batch-size", "4", "--resamples", "20",
+        "--output", output, *more,
+    )  # fmt: skip
+    assert not code, capsys.readouterr().err
 
 
 def test_results_at_an_address_are_those_of_a_folder(
@@ -97,6 +102,19 @@ def test_results_at_an_address_are_those_of_a_folder(
     assert len(parts) == 2
     _eval(question_file, image_folder, url, capsys)
     assert RemoteLogs(url).names() == parts  # nothing is generated twice
+    _eval(question_file, image_folder, url, capsys, "--repeat", "1")
+    assert json.loads(_read(url, "repeat.json"))["batch_size"] == 4
+    assert len(_read(url, "repeat/1/generations.jsonl").splitlines()) == 8
+    # Runs are compared wherever they lie.
+    output = tmp_path / "compared"
+    arguments = ("compare", url, tmp_path / "local", "--resamples", "20", "--output", output)
+    assert not _main(*arguments), capsys.readouterr().err
+    found = json.loads((output / "compare.json").read_text())
+    names = [f"{url.rpartition('/')[2]}/none", "local/none"]
+    assert list(found["arms"]) == list(found["cost"]) == names
+    assert found["arms"][names[0]] == found["arms"][names[1]]
+    assert _main("compare", f"{url}/nothing", url, "--output", output) == 1
+    assert f"{url}/nothing holds no scores.json" in capsys.readouterr().err
 
 
 def test_processes_share_an_address_and_a_lost_one_is_made_up_for(

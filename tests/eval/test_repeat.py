@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from vlm_steer.cli import build_app
 from vlm_steer.errors import ConfigError
+from vlm_steer_eval.benchmarks.tasks import Scored
 from vlm_steer_eval.running.arms import parse_arms
 from vlm_steer_eval.running.generation import Settings
 from vlm_steer_eval.running.repeat import parse_sizes, repeat_lines, repeat_run
@@ -47,6 +48,12 @@ def test_changed_answers_are_counted_and_so_are_changed_scores(
     assert repeat_lines(report)[0].startswith(
         "none at batch size 3: 2 of 8 answers differ from those at 8 (25.0 % ["
     )
+
+
+def test_scores_change_where_answers_count_in_groups_only():
+    one, other = (Scored((), {"label": "yes", "parsed": said}) for said in ("yes", "no"))
+    assert one.outcome != other.outcome
+    assert one.outcome == Scored((), {"parsed": "yes", "text": "Yes!"}).outcome
 
 
 def test_the_command_says_how_many_answers_changed(tmp_path):

@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 
 from vlm_steer.errors import ConfigError, DataError, SteerError
+from vlm_steer.generation import encode, render_prompt
 from vlm_steer_eval.running.arms import parse_arms
 from vlm_steer_eval.running.fingerprint import model_fingerprint
 from vlm_steer_eval.running.generation import Settings
+from vlm_steer_eval.running.images import NoImage
 from vlm_steer_eval.running.parts import LOG_NAME
 from vlm_steer_eval.running.results import evaluate, sample_rows, score_all
 from vlm_steer_eval.running.runner import run_arms
@@ -96,6 +98,29 @@ def test_what_an_answer_depends_on_is_in_its_key(counting, question_file, image_
             assert _run(tiny, task, output).n_generated == 8
         finally:
             weight.copy_(kept)
+
+
+def test_questions_without_an_image_are_asked_without_one(
+    counting, question_file, image_folder, tmp_path
+):
+    (model, processor), sizes = counting
+    task = _task(question_file, image_folder)
+    blind = [
+        dataclasses.replace(item, id=f"blind {item.id}", image=NoImage()) for item in task.items[:2]
+    ]
+    task = dataclasses.replace(task, items=[blind[0], *task.items, blind[1]])
+    run = _run((model, processor), task, tmp_path, methods="none,pai")
+    assert sizes == 2 * [3, 3, 2, 2]  # they share no batch with the others
+    prompt = render_prompt(processor, blind[0].prompt, has_image=False)
+    inputs = encode(processor, [prompt], None)
+    ids = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    said = processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :])
+    for records in run.records.values():
+        assert records[blind[0].id]["text"] == said.strip()
+        assert records[blind[0].id]["prompt"] == prompt
+        assert processor.image_token not in prompt
+    row = sample_rows(task, run, score_all(task, run))[0]
+    assert (row["item"], row["image"]) == (blind[0].id, "")
 
 
 def test_a_torn_log_continues_to_the_same_answers(counting, question_file, image_folder, tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 from vlm_steer.errors import ConfigError, DataError
 from vlm_steer_eval.choices import AmberParser, HallusionParser, MmeParser, MmhalReading
 from vlm_steer_eval.files import read_rows
-from vlm_steer_eval.running.images import FileImage
+from vlm_steer_eval.running.images import FileImage, ImageSource, NoImage
 from vlm_steer_eval.running.sources import subset
 from vlm_steer_eval.statistics.counts import Unit
 from vlm_steer_eval.statistics.metrics import MetricSet
@@ -23,8 +23,10 @@ from .hallusionbench import (
     cluster_counts,
     load_hallusion,
     read_hallusion,
+    read_verdict,
     verdict_of,
 )
+from .hallusionbench import judge_prompt as hallusion_prompt
 from .judge import Judge, RecordedJudge
 from .mme import MME_METRICS, MmeRow, load_mme_questions, mme_counts, read_mme
 from .mmhal import MMHAL_METRICS, judge_prompt, rating_counts, read_rating
@@ -247,25 +249,32 @@ def _mme_image(folder: Path, row: MmeRow) -> Path:
 
 @dataclass(frozen=True)
 class HallusionTask:
-    """HallusionBench's questions with a picture; `gold["question"]` is the question."""
+    """HallusionBench; `gold["question"]` is the question."""
 
     items: Sequence[Item]
     parser: HallusionParser = "robust"
+    images_only: bool = False
+    judge: Judge | None = None
     name: str = "hallusionbench"
     metrics: MetricSet = HALLUSION_METRICS
     first_token_words: None = None
 
     @property
     def scoring(self) -> Mapping[str, Any]:
-        """The parser's name, and that only questions with a picture are asked."""
-        return {"parser": self.parser, "images_only": True, "judge": None}
+        """Parser, judge, and whether only questions with a picture are asked."""
+        judge = None if self.judge is None else self.judge.name
+        return {"parser": self.parser, "images_only": self.images_only, "judge": judge}
 
     def score(self, item: Item, text: str) -> Scored:
-        """Read one answer."""
+        """Read one answer, or ask the judge about it."""
         label = item.gold["label"]
         answer = read_hallusion(self.parser, text, label)
-        verdict = verdict_of(answer, label)
-        return Scored((), {"label": label, "parsed": answer, "verdict": verdict})
+        details = {"label": label, "parsed": answer, "verdict": verdict_of(answer, label)}
+        if self.judge is not None:
+            prompt = hallusion_prompt(item.gold["question"], text)
+            reply = self.judge.ask({item.id: prompt})[item.id]
+            details |= {"verdict": read_verdict(reply), "reply": reply}
+        return Scored((), details)
 
     def units(self, scores: Mapping[str, Scored]) -> list[Unit]:
         """One unit per set of pictures that is complete."""
@@ -289,42 +298,59 @@ def hallusion_task(
     images: Path,
     *,
     parser: HallusionParser = "robust",
+    images_only: bool = False,
+    judge: Judge | None = None,
     limit: int | None = None,
     seed: int = 0,
     suffix: str = "",
 ) -> HallusionTask:
-    """HallusionBench's questions with a picture, as lmms-eval and VLMEvalKit ask them.
+    """HallusionBench, its questions without a picture included.
 
     Args:
         questions: `HallusionBench.json`.
         images: the folder that its file names are relative to.
         parser: how answers are read.
+        images_only: leave out the questions without a picture, as lmms-eval and VLMEvalKit do.
+        judge: who says whether an answer is correct; it must be one that can be asked. None reads
+            it by the parser.
         limit: number of sets of pictures; None for all.
         seed: seed of their choice.
         suffix: appended to every question.
 
     Raises:
+        ConfigError: the judge is a recorded file.
         DataError: the file is malformed.
     """
+    _refuse_recorded(judge)
     items = [
         Item(
             id=question.id,
-            image=FileImage(images / _hallusion_image(questions, question)),
+            image=_hallusion_image(questions, images, question),
             prompt=question.text + suffix,
             split=question.category,
             cluster=question.cluster,
             gold={"label": question.label, "question": question},
         )
         for question in load_hallusion(questions)
-        if not question.is_blind
+        if not (images_only and question.is_blind)
     ]
-    return HallusionTask(_limited(items, limit, seed), parser)
+    return HallusionTask(_limited(items, limit, seed), parser, images_only, judge)
 
 
-def _hallusion_image(path: Path, question: HallusionQuestion) -> str:
+def _hallusion_image(path: Path, images: Path, question: HallusionQuestion) -> ImageSource:
+    if question.is_blind:
+        return NoImage()
     if not question.filename:
         raise DataError(f"{path}: {question.id} has no filename; give the benchmark's own file")
-    return question.filename
+    return FileImage(images / question.filename)
+
+
+def _refuse_recorded(judge: Judge | None) -> None:
+    if isinstance(judge, RecordedJudge):
+        raise ConfigError(
+            "--judge recorded:FILE holds replies to answers that exist; give a judge that can be "
+            "asked, or score the answers of this run with `vlm-steer score`"
+        )
 
 
 @dataclass(frozen=True)
@@ -375,11 +401,7 @@ def mmhal_task(
         ConfigError: the judge is a recorded file, whose replies know nothing of new answers.
         DataError: the file is malformed.
     """
-    if isinstance(judge, RecordedJudge):
-        raise ConfigError(
-            "--judge recorded:FILE holds replies to answers that exist; give a judge that can be "
-            "asked, or score the answers of this run with `vlm-steer score mmhal`"
-        )
+    _refuse_recorded(judge)
     items = []
     for index, row in enumerate(read_rows(template)):
         source = row.get("image_src")

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from vlm_steer_eval.running.images import ImageSource
+from vlm_steer_eval.running.images import ImageSource, NoImage
 from vlm_steer_eval.statistics.counts import Unit
 from vlm_steer_eval.statistics.metrics import MetricSet
 
@@ -21,7 +21,7 @@ class Item:
 
     Attributes:
         id: unique within the task; scores are joined by it.
-        image: the image.
+        image: the image; `NoImage()` for a question that is asked without one.
         prompt: what the user says, without the image and the chat template.
         split: the part of the benchmark it belongs to.
         cluster: the image's key, the unit of resampling.
@@ -37,6 +37,11 @@ class Item:
     gold: Mapping[str, Any] = field(default_factory=dict)
     after: str | None = None
 
+    @property
+    def has_image(self) -> bool:
+        """Whether it is asked about an image."""
+        return not isinstance(self.image, NoImage)
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -44,6 +49,11 @@ class Scored:
 
     counts: Sequence[float]
     details: Mapping[str, Any]
+
+    @property
+    def outcome(self) -> tuple[Any, ...]:
+        """How it counts, or was read where answers count in groups only."""
+        return (*self.counts, self.details.get("parsed"), self.details.get("verdict"))
 
 
 class Task(Protocol):

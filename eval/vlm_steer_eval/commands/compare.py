@@ -15,7 +15,8 @@ __all__ = ["compare"]
 
 def compare(
     runs: Annotated[
-        list[Path], typer.Argument(help="Folders written by eval or score.", metavar="RUN...")
+        list[Path],
+        typer.Argument(help="Folders, or addresses, written by eval or score.", metavar="RUN..."),
     ],
     output: OutputFolder,
     baseline: Annotated[

@@ -28,10 +28,12 @@ __all__ = [
     "Dataset",
     "DatasetSplit",
     "EmbeddedScenes",
+    "HallusionJudge",
     "HallusionParserOption",
     "ImageFolder",
     "ImageList",
     "Images",
+    "ImagesOnly",
     "Methods",
     "MmeParserOption",
     "MmvpParserOption",
@@ -101,6 +103,15 @@ AmberSimilarity = Annotated[
     typer.Option("--similarity", help="Of words: exact, or spacy:en_core_web_lg as in the paper."),
 ]
 BeafParserOption = Annotated[BeafParser, typer.Option("--parser", help="How answers are read.")]
+HallusionJudge = Annotated[
+    str | None,
+    typer.Option(
+        "--judge", help="recorded:FILE, hf:MODEL or endpoint:MODEL@URL instead of the parser."
+    ),
+]
+ImagesOnly = Annotated[
+    bool, typer.Option("--images-only", help="Leave out questions without a picture.")
+]
 HallusionParserOption = Annotated[
     HallusionParser, typer.Option("--parser", help="How answers are read.")
 ]

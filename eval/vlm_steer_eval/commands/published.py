@@ -13,8 +13,10 @@ from .options import (
     AmberParserOption,
     AmberSimilarity,
     EmbeddedScenes,
+    HallusionJudge,
     HallusionParserOption,
     ImageFolder,
+    ImagesOnly,
     MmeParserOption,
     MmvpParserOption,
     ParserOption,
@@ -102,15 +104,25 @@ def eval_hallusionbench(
     questions: Annotated[Path, typer.Option("--questions", help="HallusionBench.json.")],
     images: TaskImages,
     parser: HallusionParserOption = "robust",
+    images_only: ImagesOnly = False,
+    judge: HallusionJudge = None,
     suffix: Suffix = "",
     share_prefix: SharePrefix = True,
 ) -> None:
-    """Run HallusionBench's questions that have a picture, read by yes and no."""
+    """Run HallusionBench, read by yes and no or by a judge."""
+    from vlm_steer_eval.benchmarks.judge import load_judge
     from vlm_steer_eval.benchmarks.published import hallusion_task
 
     check_early(run)
     task = hallusion_task(
-        questions, images, parser=parser, limit=run.limit, seed=run.seed, suffix=suffix
+        questions,
+        images,
+        parser=parser,
+        images_only=images_only,
+        judge=None if judge is None else load_judge(judge, run.output / "judge.jsonl"),
+        limit=run.limit,
+        seed=run.seed,
+        suffix=suffix,
     )
     run_and_show(task, run, share_prefix=share_prefix)
 

@@ -16,7 +16,9 @@ from .options import (
     AmberParserOption,
     AmberSimilarity,
     BeafParserOption,
+    HallusionJudge,
     HallusionParserOption,
+    ImagesOnly,
     MmeParserOption,
     MmvpParserOption,
     NormaliserOption,
@@ -187,15 +189,8 @@ def score_hallusionbench(
     ],
     results: AnswerOptions,
     parser: HallusionParserOption = "robust",
-    images_only: Annotated[
-        bool, typer.Option("--images-only", help="Leave out questions without a picture.")
-    ] = False,
-    judge: Annotated[
-        str | None,
-        typer.Option(
-            "--judge", help="recorded:FILE, hf:MODEL or endpoint:MODEL@URL instead of the parser."
-        ),
-    ] = None,
+    images_only: ImagesOnly = False,
+    judge: HallusionJudge = None,
 ) -> None:
     """Score HallusionBench by the yes or no in the answers, or by a judge."""
     from vlm_steer_eval.benchmarks.hallusionbench import score_hallusionbench as score

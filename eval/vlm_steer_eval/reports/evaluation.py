@@ -127,8 +127,7 @@ def _telling_items(task: Task, run: RunResult, scores: Scores) -> list[Item]:
     ]
 
     def variety(item: Item) -> int:
-        found = [scores[arm][item.id] for arm in run.records]
-        return len({(*score.counts, score.details.get("parsed")) for score in found})
+        return len({scores[arm][item.id].outcome for arm in run.records})
 
     seen: set[str] = set()
     chosen = []
@@ -141,8 +140,8 @@ def _telling_items(task: Task, run: RunResult, scores: Scores) -> list[Item]:
 
 def _sample(item: Item, run: RunResult, scores: Scores) -> Sample:
     return Sample(
-        image=thumbnail(item.image.load()),
-        title=item.image.name,
+        image=thumbnail(item.image.load()) if item.has_image else "",
+        title=item.image.name or item.id,
         prompt=item.prompt,
         truth=truth_of(item.gold),
         answers=tuple(

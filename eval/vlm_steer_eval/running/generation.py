@@ -118,7 +118,7 @@ class Generator:
     def __call__(
         self,
         prompts: Sequence[str],
-        images: Sequence[Image.Image],
+        images: Sequence[Image.Image] | None,
         ids: Sequence[str],
         sharing: Sharing | None = None,
     ) -> list[Output]:
@@ -126,7 +126,7 @@ class Generator:
 
         Args:
             prompts: whole prompts, from `vlm_steer.generation.render_prompt`.
-            images: one image per prompt.
+            images: one image per prompt; None for prompts without images.
             ids: item ids, which seed the sampling.
             sharing: the steering and the images' digests, to compute equal beginnings once where
                 that is possible; None computes every prompt whole.
@@ -159,9 +159,9 @@ class Generator:
         return self._outputs(inputs, sequences, margins)
 
     def _shared(
-        self, prompts: Sequence[str], images: Sequence[Image.Image], sharing: Sharing | None
+        self, prompts: Sequence[str], images: Sequence[Image.Image] | None, sharing: Sharing | None
     ) -> Any:
-        if sharing is None:
+        if sharing is None or images is None:
             return None
         steering, digests = sharing
         token_ids = steering.plan.model.image_token_ids

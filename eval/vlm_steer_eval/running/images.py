@@ -12,7 +12,15 @@ from PIL import Image, UnidentifiedImageError
 from vlm_steer.errors import DataError
 from vlm_steer.images import open_image
 
-__all__ = ["BytesImage", "FileImage", "ImageError", "ImageSource", "SceneImage"]
+__all__ = [
+    "BytesImage",
+    "FileImage",
+    "ImageError",
+    "ImageSource",
+    "NoImage",
+    "SceneImage",
+    "UnusableImage",
+]
 
 
 class ImageError(DataError):
@@ -76,6 +84,37 @@ class FileImage:
             ) from error
         except OSError as error:
             raise ImageError(f"image {self.path} cannot be read ({error.strerror})") from error
+
+
+@dataclass(frozen=True)
+class NoImage:
+    """Where a question is meant to be asked without an image."""
+
+    name: str = ""
+
+    def digest(self) -> str:
+        """The same for all of them."""
+        return ""
+
+    def load(self) -> Image.Image:
+        """There is nothing to load."""
+        raise ImageError("this question has no image")
+
+
+@dataclass(frozen=True)
+class UnusableImage:
+    """An image of which it is known already that it cannot be used."""
+
+    name: str
+    reason: str
+
+    def digest(self) -> str:
+        """Say why it cannot be used."""
+        raise ImageError(self.reason)
+
+    def load(self) -> Image.Image:
+        """Say why it cannot be used."""
+        raise ImageError(self.reason)
 
 
 @dataclass(frozen=True)

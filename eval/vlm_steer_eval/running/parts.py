@@ -7,7 +7,8 @@ opens the log reads all parts; a part that a kill has torn counts as far as its 
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +19,16 @@ from vlm_steer.errors import DataError
 from .genlog import GenerationLog, parse_log, read_logs
 from .workers import Workers
 
-__all__ = ["LOG_NAME", "LocalLogs", "Log", "Logs", "PartLog", "RemoteLogs", "remote_url"]
+__all__ = [
+    "LOG_NAME",
+    "LocalLogs",
+    "Log",
+    "Logs",
+    "PartLog",
+    "RemoteLogs",
+    "local_copy",
+    "remote_url",
+]
 
 LOG_NAME = "generations.jsonl"
 _PARTS = "parts"
@@ -100,8 +110,8 @@ class RemoteLogs:
             self._fs, self._root = fsspec.core.url_to_fs(url)
         except (ValueError, ImportError) as error:
             raise DataError(
-                f"--output {url} cannot be written ({error}); give a folder, or an address whose "
-                "file system fsspec has installed"
+                f"{url} cannot be used ({error}); give a folder, or an address whose file system "
+                "fsspec has installed"
             ) from error
 
     def open(self, workers: Workers) -> "PartLog":
@@ -147,8 +157,25 @@ class RemoteLogs:
         Raises:
             DataError: something cannot be written.
         """
-        for path in sorted(folder.iterdir()):
-            self._write(path.name, path.read_bytes())
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                self._write(path.relative_to(folder).as_posix(), path.read_bytes())
+
+    def fetch(self, folder: Path, patterns: Sequence[str]) -> None:
+        """Copy files from there into a local folder.
+
+        Args:
+            folder: created where it is absent.
+            patterns: names, `*` standing for anything; what matches none is left where it is.
+
+        Raises:
+            DataError: something cannot be read or written.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        for pattern in patterns:
+            with self._reporting(pattern):
+                for path in self._fs.glob(f"{self._root}/{pattern}"):
+                    (folder / str(path).rpartition("/")[2]).write_bytes(self._fs.cat_file(path))
 
     def merge(self) -> None:
         """Write all parts as one log, in order of process and number.
@@ -161,8 +188,9 @@ class RemoteLogs:
 
     def _write(self, name: str, content: bytes) -> None:
         with self._reporting(name):
-            self._fs.makedirs(self._root, exist_ok=True)
-            self._fs.pipe_file(f"{self._root}/{name}", content)
+            path = f"{self._root}/{name}"
+            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self._fs.pipe_file(path, content)
 
     @contextmanager
     def _reporting(self, name: str) -> Iterator[None]:
@@ -226,6 +254,27 @@ def remote_url(output: Path) -> str | None:
     if found is None:
         return None
     return f"{found[1]}://{'/' if found[1] == 'file' else ''}{found[2]}"
+
+
+@contextmanager
+def local_copy(run: Path, patterns: Sequence[str]) -> Iterator[Path]:
+    """The folder of a run, or a passing copy of some of its files if it lies at an address.
+
+    Args:
+        run: a folder, or an address as an option holds it.
+        patterns: names of the files to copy, `*` standing for anything.
+
+    Raises:
+        DataError: the address cannot be used.
+    """
+    url = remote_url(run)
+    if url is None:
+        yield run
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / run.name
+        RemoteLogs(url).fetch(folder, patterns)
+        yield folder
 
 
 def _line(record: Mapping[str, Any]) -> str:

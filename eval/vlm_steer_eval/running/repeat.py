@@ -106,7 +106,7 @@ def _flips(
 ) -> dict[str, Any]:
     items = list(first.records[arm])
     texts = sum(first.records[arm][i]["text"] != again.records[arm][i]["text"] for i in items)
-    scores = sum(before[arm][i].counts != after[arm][i].counts for i in items)
+    scores = sum(before[arm][i].outcome != after[arm][i].outcome for i in items)
     return {
         "n": len(items),
         "texts": texts,

@@ -217,7 +217,8 @@ class _ArmRun:
                 raise _answers_missing(1)
             history.insert(0, (by_id[earlier].prompt, record["text"]))
             earlier = by_id[earlier].after
-        return render_prompt(self._generator.processor, item.prompt, history)
+        processor = self._generator.processor
+        return render_prompt(processor, item.prompt, history, has_image=item.has_image)
 
     def _read_the_others(self) -> None:
         """Wait for the other processes, and read what they have logged."""
@@ -228,11 +229,25 @@ class _ArmRun:
     def _batches(
         self, items: Sequence[Item], prompts: Mapping[str, str], steering: Steering
     ) -> list[list[Item]]:
-        """By length, so that little is padded; by content, so that the order does not matter."""
-        size = self._batch_size
+        """By length, so that little is padded; by content, so that the order does not matter.
+
+        Questions without an image make batches of their own.
+        """
         ordered = sorted(items, key=lambda item: (len(prompts[item.id]), item.id))
-        plain = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-        if not self.shares or steering.plan.prefix is None:
+        seeing = [item for item in ordered if item.has_image]
+        blind = self._chunks([item for item in ordered if not item.has_image])
+        return self._batches_with_images(seeing, prompts, steering) + blind
+
+    def _chunks(self, items: Sequence[Item]) -> list[list[Item]]:
+        size = self._batch_size
+        return [list(items[start : start + size]) for start in range(0, len(items), size)]
+
+    def _batches_with_images(
+        self, ordered: Sequence[Item], prompts: Mapping[str, str], steering: Steering
+    ) -> list[list[Item]]:
+        size = self._batch_size
+        plain = self._chunks(ordered)
+        if not ordered or not self.shares or steering.plan.prefix is None:
             self.shares = False
             return plain
         batches: list[list[Item]] = [[]]
@@ -306,7 +321,7 @@ class _ArmRun:
     def _answer(
         self, items: Sequence[Item], prompts: Mapping[str, str], sharing: Steering | None
     ) -> list[Output]:
-        images = [item.image.load() for item in items]
+        images = [item.image.load() for item in items] if items[0].has_image else None
         digests = [self._digests[item.id] for item in items]
         with torch.inference_mode():
             return self._generator(
@@ -381,7 +396,8 @@ def check_images(items: Sequence[Item]) -> tuple[dict[str, str], list[dict[str, 
     for item in tqdm(items, desc="images", unit="item", disable=None, leave=False):
         if item.image not in seen:
             try:
-                item.image.load()
+                if item.has_image:
+                    item.image.load()
                 seen[item.image] = item.image.digest()
             except ImageError as error:
                 seen[item.image] = error

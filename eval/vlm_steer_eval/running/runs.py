@@ -12,6 +12,8 @@ from vlm_steer_eval.benchmarks.registry import BENCHMARKS
 from vlm_steer_eval.files import read_json, read_rows
 from vlm_steer_eval.statistics.counts import COUNTS_NAME, Unit, read_units
 
+from .parts import local_copy, remote_url
+
 __all__ = ["Cost", "RunArm", "Runs", "load_runs", "read_costs"]
 
 _SCORING = (
@@ -24,6 +26,7 @@ _SCORING = (
     "judge",
     "reading",
 )
+_FILES = ("scores.json", COUNTS_NAME, "samples.jsonl", "timings*.jsonl")
 
 
 @dataclass(frozen=True)
@@ -91,21 +94,25 @@ def load_runs(
 
     Args:
         folders: each gives one arm (`score`), or all of its arms (`eval`). An arm of several
-            folders is called after its folder, `FOLDER` or `FOLDER/ARM`.
+            folders is called after its folder, `FOLDER` or `FOLDER/ARM`. Addresses such as
+            `s3://bucket/run` are folders too.
         baseline: name of an arm; the first one by default, which is the unsteered arm of `eval`.
         missing: what to do about units that not every arm has: stop, or leave them out.
 
     Raises:
         ConfigError: fewer than two arms, an unknown baseline, or runs that cannot be compared.
-        DataError: a folder holds no finished run, or the runs cover different units.
+        DataError: a folder holds no finished run, an address cannot be used, or the runs cover
+            different units.
     """
     arms: dict[str, RunArm] = {}
     rules: dict[str, tuple[str, dict[str, Any]]] = {}
-    for folder in folders:
-        scores = _scores(folder)
-        rule = (scores["benchmark"], {key: scores[key] for key in _SCORING if key in scores})
-        _refuse_other_rule(rules, folder, rule)
-        for arm in _arms(folder, scores, several=len(folders) > 1):
+    for run in folders:
+        with local_copy(run, _FILES) as folder:
+            scores = _scores(run, folder)
+            rule = (scores["benchmark"], {key: scores[key] for key in _SCORING if key in scores})
+            _refuse_other_rule(rules, run, rule)
+            found = _arms(folder, scores, several=len(folders) > 1)
+        for arm in found:
             if arm.name in arms:
                 raise ConfigError(
                     f"two runs are called {arm.name!r}; rename one of the folders, or give it once"
@@ -124,16 +131,16 @@ def load_runs(
     )
 
 
-def _scores(folder: Path) -> dict[str, Any]:
+def _scores(run: Path, folder: Path) -> dict[str, Any]:
     path = folder / "scores.json"
     if not path.is_file():
         raise DataError(
-            f"{folder} holds no scores.json; give a folder that `vlm-steer eval` or "
-            "`vlm-steer score` has written"
+            f"{remote_url(run) or run} holds no scores.json; give a folder that `vlm-steer eval` "
+            "or `vlm-steer score` has written"
         )
     scores = read_json(path)
     if not isinstance(scores, dict) or scores.get("benchmark") not in BENCHMARKS:
-        raise DataError(f"{path} names no benchmark that can be compared; score the run again")
+        raise DataError(f"{run}/scores.json names no benchmark to compare; score the run again")
     return scores
 
 
