@@ -161,8 +161,8 @@ class VAR(Method):
         if plan:
             return ()
         return (
-            f"no sink dimensions found (no activation of the first token exceeds tau = {self.tau};"
-            " none can exceed the square root of the hidden size), so nothing will be redistributed",
+            f"no sink dimensions found (no activation of the first token exceeds tau = {self.tau}; "
+            "none can exceed the square root of the hidden size), so nothing will be redistributed",
         )
 
     def marks(self, hidden: Tensor, at: At) -> Tensor:

@@ -25,8 +25,8 @@ class YesBias(Method):
 
     so that log p(yes) - log p(no) moves by ``bias`` in every question. A method for yes-or-no
     questions helps for its reason only if it beats the bias that answers yes as often as it does.
-    ``vlm_steer_eval.benchmarks.first_token.bias_for_yes_ratio`` finds that bias from the first-token margins
-    of an unsteered run.
+    ``vlm_steer_eval.benchmarks.first_token.bias_for_yes_ratio`` finds that bias from the
+    first-token margins of an unsteered run.
 
     Deviations: none, this control is ours.
 

@@ -32,6 +32,10 @@ def main(arguments: list[str] | None = None) -> None:
         metavar=("VISION", "LANGUAGE", "PROJECTOR", "INSTRUCTIONS"),
         help="updates per stage",
     )
+    parser.add_argument(
+        "--sinks", type=int, default=default.sinks, help="updates that grow attention sinks"
+    )
+    parser.add_argument("--start", help="folder of a finished model to go on from; see --steps")
     parser.add_argument("--checkpoint-every", type=int, default=50, help="updates")
     parser.add_argument("--workers", type=int, default=1, help="processes that make batches ahead")
     parser.add_argument("--threads", type=int, help="threads of torch on the CPU")
@@ -39,7 +43,13 @@ def main(arguments: list[str] | None = None) -> None:
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     device = torch.device(chosen.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    recipe = Recipe(chosen.seed, tuple(chosen.steps), bfloat16=_has_fast_bfloat16(device))
+    recipe = Recipe(
+        chosen.seed,
+        tuple(chosen.steps),
+        bfloat16=_has_fast_bfloat16(device),
+        sinks=chosen.sinks,
+        start=chosen.start,
+    )
     train(recipe, Run(chosen.output, device, chosen.checkpoint_every, chosen.workers))
 
 

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm  # type: ignore[import-untyped]  # ships no types
-from transformers import LlavaProcessor
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from vlm_steer.errors import ConfigError
 from vlm_steer.tiny.model import build_model, build_processor, save
 from vlm_steer.tiny.training.checkpoint import Place, place, restore, restore_optimizers, store
 from vlm_steer.tiny.training.optim import cosine, optimizers
+from vlm_steer.tiny.training.sinks import Sinks
 from vlm_steer.tiny.training.stages import Network, Stage, stages
 
 __all__ = ["Recipe", "train"]
@@ -34,11 +35,15 @@ class Recipe:
         seed: seed of the initial weights and of every batch.
         steps: updates in the vision, language, projector and instruction stages.
         bfloat16: whether matrix products run in bfloat16.
+        sinks: updates in a last stage that grows attention sinks; none in the model that ships.
+        start: folder of a finished model whose weights are the initial ones; random otherwise.
     """
 
     seed: int = 0
     steps: tuple[int, int, int, int] = (900, 220, 80, 1000)
     bfloat16: bool = False
+    sinks: int = 0
+    start: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,9 +81,14 @@ def train(recipe: Recipe, run: Run) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         network = Network(build_model(processor))
+    if recipe.start:
+        finished = LlavaForConditionalGeneration.from_pretrained(recipe.start, dtype=torch.float32)
+        network.model.load_state_dict(finished.state_dict())
     network.to(run.device)
     resumed = _resume(recipe, run, network)
-    for number, stage in enumerate(stages(processor, seed=recipe.seed, steps=recipe.steps)):
+    planned = stages(processor, seed=recipe.seed, steps=recipe.steps)
+    planned.append(Sinks(processor, seed=recipe.seed, steps=recipe.sinks))
+    for number, stage in enumerate(planned):
         if resumed.stage <= number:
             done = resumed.step if resumed.stage == number else 0
             _run_stage(recipe, run, network, stage, number=number, done=done)

@@ -27,7 +27,16 @@ from vlm_steer.tiny.scenes import IMAGE_SIZE, Scene, paint, scene, visible_masks
 from vlm_steer.tiny.training.packing import Batch, Segment, attention_bias, pack
 from vlm_steer.tiny.world import CATEGORIES
 
-__all__ = ["Network", "Stage", "stages"]
+__all__ = [
+    "ImageTextBatch",
+    "Instructions",
+    "Network",
+    "Stage",
+    "image_embeddings",
+    "run_language_model",
+    "stages",
+    "text_losses",
+]
 
 _SEED_STRIDE = 10_000_000  # scenes per seed and stage, more than any run draws
 _BROAD_SHARE = 0.7
@@ -169,7 +178,8 @@ class Language(Stage):
     def losses(self, network: Network, batch: Batch) -> dict[str, Tensor]:
         """See the base class."""
         embedded = network.model.get_input_embeddings()(batch.input_ids)
-        return _text_losses(network, batch, embedded)
+        hidden = run_language_model(network, batch, embedded).last_hidden_state
+        return text_losses(network, batch, hidden)
 
     @staticmethod
     def _describe(dice: Dice, seen: Scene) -> Turn:
@@ -179,10 +189,17 @@ class Language(Stage):
 
 
 class ImageTextBatch(NamedTuple):
-    """Pixels ``[images, 3, size, size]`` and one packed row for each image."""
+    """Images and texts about them.
+
+    Attributes:
+        pixels: ``[images, 3, size, size]``.
+        text: one packed row for each image.
+        is_empty: ``[images, patches]`` bool: patches in which no object can be seen.
+    """
 
     pixels: Tensor
     text: Batch
+    is_empty: Tensor
 
 
 class Instructions(Stage):
@@ -204,16 +221,16 @@ class Instructions(Stage):
         rows = [[self._segment(turn) for turn in conversations(dice, seen)] for seen in drawn]
         text = f"USER: {'<image>' * (IMAGE_SIZE // PATCH) ** 2}\n"
         prefix = self.tokenizer.encode(text)
-        return ImageTextBatch(_pixels(dice, drawn), pack(prefix, rows, self.tokenizer.pad_token_id))
+        return ImageTextBatch(
+            pixels=_pixels(dice, drawn),
+            text=pack(prefix, rows, self.tokenizer.pad_token_id),
+            is_empty=torch.stack([_patch_labels(one).sum(dim=1) == 0 for one in drawn]),
+        )
 
     def losses(self, network: Network, batch: ImageTextBatch) -> dict[str, Tensor]:
         """See the base class."""
-        model = network.model
-        features = model.get_image_features(pixel_values=batch.pixels).pooler_output
-        embedded = model.get_input_embeddings()(batch.text.input_ids)
-        is_image = (batch.text.input_ids == model.config.image_token_id)[:, :, None]
-        embedded = embedded.masked_scatter(is_image, torch.cat(list(features)).to(embedded.dtype))
-        return _text_losses(network, batch.text, embedded)
+        hidden = run_language_model(network, batch.text, image_embeddings(network, batch))
+        return text_losses(network, batch.text, hidden.last_hidden_state)
 
 
 class Projector(Instructions):
@@ -260,13 +277,29 @@ def _patch_labels(seen: Scene) -> Tensor:
     return labels
 
 
-def _text_losses(network: Network, batch: Batch, embedded: Tensor) -> dict[str, Tensor]:
-    hidden = network.model.model.language_model(
+def image_embeddings(network: Network, batch: ImageTextBatch) -> Tensor:
+    """``[rows, length, width]`` embeddings of packed rows, those of the images among them."""
+    model = network.model
+    features = model.get_image_features(pixel_values=batch.pixels).pooler_output
+    embedded = model.get_input_embeddings()(batch.text.input_ids)
+    is_image = (batch.text.input_ids == model.config.image_token_id)[:, :, None]
+    filled: Tensor = embedded.masked_scatter(is_image, torch.cat(list(features)).to(embedded.dtype))
+    return filled
+
+
+def run_language_model(network: Network, batch: Batch, embedded: Tensor, **options: Any) -> Any:
+    """What the language model makes of packed rows."""
+    return network.model.model.language_model(
         inputs_embeds=embedded,
         attention_mask=attention_bias(batch.segments),
         position_ids=batch.positions,
         use_cache=False,
-    ).last_hidden_state
+        **options,
+    )
+
+
+def text_losses(network: Network, batch: Batch, hidden: Tensor) -> dict[str, Tensor]:
+    """The loss of the answers, and its parts."""
     learnt = batch.weights > 0
     scores = network.model.lm_head(hidden[learnt]).float()
     losses = nn.functional.cross_entropy(scores, batch.targets[learnt], reduction="none")
