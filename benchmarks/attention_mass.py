@@ -1,6 +1,6 @@
 """Say how the embedded model spreads its attention, into docs/tiny.md.
 
-python benchmarks/attention_mass.py [--scenes 100]
+python benchmarks/attention_mass.py [--scenes 100] [--model DIR --mark MARK]
 
 Rows are the text after the image in prompts that ask for a caption of ``validation`` scenes;
 figures are means over rows, heads and scenes. A column is heavy where it gets more than five even
@@ -14,17 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import vlm_steer
+from vlm_steer.loading import load_model
 from vlm_steer.tiny import CAPTION_PROMPT, scenes
 
 PAGE = Path(__file__).parents[1] / "docs" / "tiny.md"
-BEGIN, END = "<!-- attention -->", "<!-- /attention -->"
 HEAVY = 5.0
 
 
-def figures(n_scenes: int) -> Tensor:
+def figures(source: str, n_scenes: int) -> Tensor:
     """``[layers, 6]``: the columns of the table."""
-    model, processor = vlm_steer.load_tiny()
+    model, processor = load_model(source)
     model.set_attn_implementation("eager")
     messages = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": CAPTION_PROMPT}]}
@@ -83,10 +82,14 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scenes", type=int, default=100)
-    n_scenes = parser.parse_args().scenes
-    text = f"{BEGIN}\n{table(figures(n_scenes), n_scenes)}\n{END}"
+    parser.add_argument("--model", default="tiny", help="folder of a model; the embedded one")
+    parser.add_argument("--mark", default="attention", help="which table of the page to replace")
+    chosen = parser.parse_args()
+    begin, end = f"<!-- {chosen.mark} -->", f"<!-- /{chosen.mark} -->"
+    found = figures(chosen.model, chosen.scenes)
+    text = f"{begin}\n{table(found, chosen.scenes)}\n{end}"
     page = PAGE.read_text()
-    PAGE.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: text, page, flags=re.DOTALL))
+    PAGE.write_text(re.sub(f"{begin}.*{end}", lambda _: text, page, flags=re.DOTALL))
     print(text)
 
 

@@ -1,6 +1,7 @@
 """Measure every method on the embedded model, with controls, into docs/results/.
 
 python benchmarks/results.py --work runs/results [--model NAME=DIR ...] [--methods pai,vaf]
+    [--set 'vti={"directions": "runs/vti.safetensors"}' ...]
 
 Strengths are chosen on the ``validation`` scenes by the F1 of mentioned objects, and only then
 measured on ``iid`` and ``broken``, for every checkpoint by itself, under greedy decoding and under
@@ -95,12 +96,13 @@ class Checkpoint:
         return output
 
     def refusals(self, methods: Sequence[str]) -> dict[str, str]:
-        """Methods that this model refuses at their defaults, with the reason."""
+        """Methods that this model refuses, with the reason."""
         model, processor = self.loaded
         refused = {}
         for name in methods:
             try:
-                vlm_steer.attach(model, name, processor=processor).detach()
+                first = _spec(name, STRENGTHS.get(name, ({},))[0])
+                vlm_steer.attach(model, first, processor=processor).detach()
             except SteerError as error:
                 refused[name] = str(error)
         return refused
@@ -113,12 +115,18 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--model", action="append", default=[], metavar="NAME=DIR")
     parser.add_argument("--methods", help="methods to measure; all by default")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="METHOD=JSON", help="options of a method"
+    )
     parser.add_argument("--tune", type=int, default=100, help="validation scenes")
     parser.add_argument("--chair", type=int, default=200, help="captioned scenes per split")
     parser.add_argument("--pope", type=int, default=40, help="scenes asked about per split")
     chosen = parser.parse_args()
     sizes = Sizes(chosen.tune, chosen.chair, chosen.pope)
     named = chosen.methods.split(",") if chosen.methods else _measurable()
+    for entry in chosen.set:
+        name, _, options = entry.partition("=")
+        STRENGTHS[name] = (json.loads(options),)
     chosen.output.mkdir(parents=True, exist_ok=True)
     for entry in chosen.model or ["seed0=tiny"]:
         name, _, source = entry.partition("=")
