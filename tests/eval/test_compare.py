@@ -1,5 +1,6 @@
 """Comparing runs: what a planted difference gives, and what an excuse does not."""
 
+import dataclasses
 import json
 import re
 
@@ -113,6 +114,11 @@ def test_a_trivial_arm_extends_the_frontier_and_gets_no_verdict(chair_runs):
     assert "shorter" in result["frontier"]["points"]
     assert set(result["frontier"]["verdicts"]) == {"better"}
     assert "shorter" in result["differences"]
+    named = {"trivial:shorter" if name == "shorter" else name: a for name, a in runs.arms.items()}
+    again = compare_runs(dataclasses.replace(runs, arms=named), n_resamples=200)
+    assert again["trivial"] == ["trivial:shorter"]
+    assert again["frontier"]["verdicts"] == result["frontier"]["verdicts"]
+    assert sum(name.endswith("words") for name in again["frontier"]["points"]) == 7
     with pytest.raises(ConfigError, match="'base' is no arm"):
         compare_runs(runs, trivial=["base"], n_resamples=10)
 

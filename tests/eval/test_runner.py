@@ -14,7 +14,7 @@ from PIL import Image
 
 from vlm_steer.errors import ConfigError, DataError, SteerError
 from vlm_steer.generation import encode, render_prompt
-from vlm_steer_eval.running.arms import parse_arms
+from vlm_steer_eval.running.arms import is_trivial, parse_arms, trivial_arms
 from vlm_steer_eval.running.fingerprint import model_fingerprint
 from vlm_steer_eval.running.generation import Settings
 from vlm_steer_eval.running.images import NoImage
@@ -66,6 +66,36 @@ def test_arms_are_parsed_with_the_unsteered_one_first():
     for wrong in ("pai,pai", "pai,,vcd", "pa"):
         with pytest.raises(ConfigError):
             parse_arms(wrong)
+
+
+def test_a_trivial_baseline_is_the_unsteered_model_decoded_otherwise(
+    tiny, question_file, image_folder, tmp_path
+):
+    task, settings = _task(question_file, image_folder), Settings(max_new_tokens=4)
+    names = ("none", "trivial:end_bias=50", "trivial:min_new_tokens=4", "trivial:num_beams=2")
+    run = _run(tiny, task, tmp_path, ",".join(names), settings=settings)
+    lengths = {arm: {r["tokens"] for r in rows.values()} for arm, rows in run.records.items()}
+    assert (lengths[names[1]], lengths[names[2]]) == ({1}, {4})
+    assert run.provenance["decoding"][names[3]] == {"num_beams": 2}
+    assert evaluate(task, run, score_all(task, run), n_resamples=10)["changed_nothing"] == []
+    # An arm is known by how it decodes, not by its name.
+    alone = dataclasses.replace(settings, num_beams=2)
+    again = _run(tiny, task, tmp_path, settings=alone)
+    assert again.n_generated == 0
+    assert _texts(again)["none"] == _texts(run)[names[3]]
+
+
+def test_trivial_baselines_that_cannot_be_are_refused():
+    for wrong in ("trivial:", "trivial:beams=5", "trivial:num_beams=x", "trivial:num_beams"):
+        with pytest.raises(ConfigError, match="SETTING=VALUE"):
+            parse_arms(wrong)
+    (_, arm) = parse_arms("trivial:temperature=1")
+    with pytest.raises(ConfigError, match=r"trivial:temperature=1: --temperature"):
+        arm.settings(Settings(num_beams=5))
+    for settings in (Settings(), Settings(num_beams=5), Settings(temperature=0.5)):
+        arms = trivial_arms(settings)
+        assert all(is_trivial(a.name) and is_trivial(f"run/{a.name}") for a in arms)
+        assert settings not in [a.settings(settings) for a in arms]
 
 
 def test_a_finished_run_is_not_generated_again(counting, question_file, image_folder, tmp_path):

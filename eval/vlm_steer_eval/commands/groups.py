@@ -29,6 +29,7 @@ from .options import (
     Temperature,
     Tokens,
     TopP,
+    TrivialBaselines,
     Unanswered,
 )
 
@@ -47,6 +48,7 @@ class RunOptions(groups.Loading):
     model: ModelName = "tiny"
     methods: Methods = "none"
     controls: Controls = False
+    trivial: TrivialBaselines = False
     preset: PresetName = None
     limit: Images = None
     max_new_tokens: Tokens = 512
@@ -64,12 +66,18 @@ class RunOptions(groups.Loading):
         """What to compare.
 
         Raises:
-            ConfigError: a method is unknown.
+            ConfigError: a method is unknown, or an arm contradicts the settings.
         """
-        from vlm_steer_eval.running.arms import parse_arms, with_controls
+        from vlm_steer_eval.running.arms import parse_arms, trivial_arms, with_controls
 
         arms = parse_arms(self.methods)
-        return with_controls(arms) if self.controls else arms
+        arms = with_controls(arms) if self.controls else arms
+        settings, names = self.settings(), {arm.name for arm in arms}
+        if self.trivial:
+            arms += [arm for arm in trivial_arms(settings) if arm.name not in names]
+        for arm in arms:
+            arm.settings(settings)
+        return arms
 
     def settings(self) -> "Settings":
         """How to generate.

@@ -53,6 +53,7 @@ __all__ = [
     "Temperature",
     "Tokens",
     "TopP",
+    "TrivialBaselines",
     "Unanswered",
 ]
 
@@ -69,6 +70,14 @@ Controls = Annotated[
     bool,
     typer.Option(
         "--controls", help="Run the sham, or the plausibility mask alone, beside each method."
+    ),
+]
+TrivialBaselines = Annotated[
+    bool,
+    typer.Option(
+        "--trivial",
+        help="Run baselines of the frontier too: temperatures, beams, a minimum length, biases "
+        "towards and against the end.",
     ),
 ]
 Images = Annotated[

@@ -1,7 +1,7 @@
 """The arms of a comparison: named sets of methods, the unsteered one always among them."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vlm_steer.config import Spec, dump, resolve
@@ -9,13 +9,32 @@ from vlm_steer.engine.hooks import Method
 from vlm_steer.errors import ConfigError
 from vlm_steer.registry import list_methods
 
-__all__ = ["BASELINE", "Arm", "controls_among", "parse_arms", "with_controls"]
+from .generation import Settings
+
+__all__ = [
+    "BASELINE",
+    "Arm",
+    "controls_among",
+    "is_trivial",
+    "parse_arms",
+    "trivial_arms",
+    "with_controls",
+]
 
 BASELINE = "none"
 """The unsteered arm, against which every other arm is compared."""
 
-_SHAM, _MASK = "sham:", "mask:"
+_SHAM, _MASK, _TRIVIAL = "sham:", "mask:", "trivial:"
 _SHARED_CONTROLS = ("plausibility_mask", "yes_bias")
+_DECODING = {
+    "temperature": float,
+    "top_p": float,
+    "num_beams": int,
+    "min_new_tokens": int,
+    "max_new_tokens": int,
+    "end_bias": float,
+}
+"""What a trivial baseline may set, and how its number is read."""
 
 
 @dataclass(frozen=True)
@@ -25,22 +44,36 @@ class Arm:
     Attributes:
         name: as the user wrote it.
         methods: the resolved methods, in order; empty for the unsteered arm.
+        decoding: fields of `Settings` in which it departs from the run, for a trivial baseline.
     """
 
     name: str
     methods: tuple[Method, ...]
+    decoding: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def config(self) -> dict[str, Any]:
         """The resolved configuration as plain data."""
         return dump(self.methods)
 
+    def settings(self, common: Settings) -> Settings:
+        """How this arm generates, given how the run does.
+
+        Raises:
+            ConfigError: the two contradict each other.
+        """
+        try:
+            return replace(common, **self.decoding)
+        except ConfigError as error:
+            raise ConfigError(f"{self.name}: {error}") from error
+
 
 def parse_arms(methods: "str | Mapping[str, Spec] | Sequence[Arm]") -> list[Arm]:
     """Arms of `--methods`: a comma separates them, `+` composes, `none` is added in front.
 
     `sham:NAME` is the control of a method: as much change, in the wrong places. `mask:NAME` is that
-    of a contrastive method: its plausibility mask alone.
+    of a contrastive method: its plausibility mask alone. `trivial:SETTING=VALUE` is the unsteered
+    model decoded otherwise, such as `trivial:num_beams=5`.
 
     Args:
         methods: "none,var,var+vcd", arm names with their specifications, or arms as they are.
@@ -64,8 +97,44 @@ def parse_arms(methods: "str | Mapping[str, Spec] | Sequence[Arm]") -> list[Arm]
     arms = [Arm(BASELINE, ())]
     for name, spec in specs.items():
         if name != BASELINE:
-            arms.append(Arm(name, resolve(_control_of(spec))))
+            decoding = _decoding(name) if spec == name else {}
+            arms.append(Arm(name, () if decoding else resolve(_control_of(spec)), decoding))
     return arms
+
+
+def trivial_arms(settings: Settings) -> list[Arm]:
+    """Ways to say less or more that need no method, as arms beside the run's own settings.
+
+    Temperature, beams, a minimum length and a bias towards or against the end. Ends after so many
+    words or sentences need no arms: `compare` cuts the baseline's captions.
+    """
+    quarter = max(1, settings.max_new_tokens // 4)
+    names = ["end_bias=-2", "end_bias=2", "end_bias=4"]
+    names += [f"min_new_tokens={quarter}"]
+    if settings.num_beams == 1:
+        names += [f"temperature={t}" for t in (0.5, 1) if t != settings.temperature]
+    if settings.temperature == 0:
+        names += [f"num_beams={n}" for n in (1, 5) if n != settings.num_beams]
+    return [Arm(f"{_TRIVIAL}{name}", (), _decoding(f"{_TRIVIAL}{name}")) for name in names]
+
+
+def is_trivial(name: str) -> bool:
+    """Whether an arm, `ARM` or `FOLDER/ARM`, is called a trivial baseline."""
+    return name.rpartition("/")[2].startswith(_TRIVIAL)
+
+
+def _decoding(name: str) -> dict[str, Any]:
+    """What the name of a trivial baseline sets; empty for other arms."""
+    if not name.startswith(_TRIVIAL):
+        return {}
+    key, _, value = name.removeprefix(_TRIVIAL).partition("=")
+    try:
+        return {key: _DECODING[key](value)}
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            f"{name}: a trivial baseline is {_TRIVIAL}SETTING=VALUE, with one of "
+            f"{', '.join(_DECODING)} and a number, such as trivial:num_beams=5"
+        ) from error
 
 
 def with_controls(arms: Sequence[Arm]) -> list[Arm]:
@@ -109,7 +178,7 @@ def controls_among(name: str, arms: Iterable[str]) -> list[str]:
 
 
 def _is_control(name: str) -> bool:
-    return name.startswith((_SHAM, _MASK)) or name in _SHARED_CONTROLS
+    return name.startswith((_SHAM, _MASK, _TRIVIAL)) or name in _SHARED_CONTROLS
 
 
 def _control_of(spec: Spec) -> Spec:

@@ -1,6 +1,7 @@
 """Batched generation whose results do not depend on how items are batched."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from vlm_steer.errors import ConfigError, SteerError
 from vlm_steer.generation import encode, without_prompt
 
 from .prefix import share_prompts
-from .sampling import FirstTokenMargin, SeededNoise
+from .sampling import EndBias, FirstTokenMargin, SeededNoise
 
 __all__ = ["Generator", "Output", "Settings", "item_seed"]
 
@@ -38,6 +39,9 @@ class Settings:
         temperature: 0 for greedy or beam search; above, sampling with one beam.
         top_p: nucleus of sampling, in (0, 1].
         seed: seed of the run; sampling uses it together with the item's id.
+        min_new_tokens: no answer ends before, >= 0.
+        end_bias: added to the scores of the tokens that end an answer, which makes answers shorter
+            (above 0) or longer.
     """
 
     max_new_tokens: int = 512
@@ -45,8 +49,15 @@ class Settings:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    min_new_tokens: int = 0
+    end_bias: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens or not math.isfinite(self.end_bias):
+            raise ConfigError(
+                f"min_new_tokens {self.min_new_tokens} must lie between 0 and --max-new-tokens "
+                f"{self.max_new_tokens}, and end_bias {self.end_bias} must be finite"
+            )
         if self.max_new_tokens < 1 or self.num_beams < 1:
             raise ConfigError(
                 f"--max-new-tokens {self.max_new_tokens} and --num-beams {self.num_beams} must be "
@@ -69,10 +80,11 @@ class Settings:
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything that the text depends on; the seed only where it has an effect."""
+        """Everything that the text depends on, where it has an effect."""
         plain = asdict(self)
-        if self.temperature == 0:
-            del plain["seed"]
+        unused = [name for name in ("min_new_tokens", "end_bias") if not plain[name]]
+        for name in [*unused, *(["seed"] if self.temperature == 0 else [])]:
+            del plain[name]
         return plain
 
 
@@ -154,6 +166,7 @@ class Generator:
             top_k=None,
             num_beams=self.settings.num_beams,
             max_new_tokens=self.settings.max_new_tokens,
+            min_new_tokens=self.settings.min_new_tokens or None,
         )
         margins = [None] * len(ids) if margin is None else margin.values(len(ids))
         return self._outputs(inputs, sequences, margins)
@@ -169,9 +182,12 @@ class Generator:
         return None if shared is None else shared.inputs(steering, self.settings.num_beams)
 
     def _samplers(self, ids: Sequence[str]) -> list[LogitsProcessor]:
+        samplers: list[LogitsProcessor] = []
+        if self.settings.end_bias:
+            samplers.append(EndBias(sorted(self._end_tokens()), self.settings.end_bias))
         if self.settings.temperature == 0:
-            return []
-        samplers: list[LogitsProcessor] = [TemperatureLogitsWarper(self.settings.temperature)]
+            return samplers
+        samplers.append(TemperatureLogitsWarper(self.settings.temperature))
         if self.settings.top_p < 1:
             samplers.append(TopPLogitsWarper(self.settings.top_p))
         samplers.append(SeededNoise([item_seed(self.settings.seed, name) for name in ids]))

@@ -225,5 +225,5 @@ def _idle_arms(run: RunResult) -> list[str]:
     return [
         arm
         for arm, records in run.records.items()
-        if arm != BASELINE and not any(record["changed"] for record in records.values())
+        if all(record["changed"] is False for record in records.values())
     ]

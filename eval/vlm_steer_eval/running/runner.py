@@ -110,16 +110,20 @@ def run_arms(
         "versions": versions(),
         "methods": {arm.name: arm.config for arm in arms},
     }
+    trivial = {arm.name: dict(arm.decoding) for arm in arms if arm.decoding}
+    if trivial:
+        provenance["decoding"] = trivial
     workers = workers or Workers()
     if workers.is_main:
         write_json(output / RUN_NAME, provenance)
     result = RunResult({}, failures, provenance=provenance)
-    generator = Generator(model, processor, settings, task.first_token_words)
     keys: dict[str, dict[str, str]] = {}
     logs = logs or LocalLogs(output)
     output.mkdir(parents=True, exist_ok=True)
     with logs.open(workers) as log:
         for arm in arms:
+            chosen = arm.settings(settings)
+            generator = Generator(model, processor, chosen, task.first_token_words)
             worker = _ArmRun(arm, generator, log, output, batch_size, digests, provenance, workers)
             worker.logs = logs
             worker.shares = share_prefix
@@ -188,8 +192,11 @@ class _ArmRun:
         self._workers = workers
         self._batch_size = batch_size
         self._digests = digests
-        self._common = {name: provenance[name] for name in ("model", "settings", "versions")} | {
-            "methods": arm.config
+        self._common = {
+            "model": provenance["model"],
+            "versions": provenance["versions"],
+            "settings": generator.settings.as_dict(),
+            "methods": arm.config,
         }
         self.n_generated = 0
         self.shares = False

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-__all__ = ["LIMIT", "FirstTokenMargin", "SeededNoise"]
+__all__ = ["LIMIT", "EndBias", "FirstTokenMargin", "SeededNoise"]
 
 LIMIT = 1e4
 """Stands for an infinite margin: a plausibility cut may leave one side no probability at all."""
@@ -35,6 +35,19 @@ class FirstTokenMargin(LogitsProcessor):
             return [None] * rows
         bounded = self._margin.clamp(-LIMIT, LIMIT).tolist()
         return [None if math.isnan(value) else value for value in bounded]
+
+
+class EndBias(LogitsProcessor):
+    """A constant preference for ending the answer, or for going on."""
+
+    def __init__(self, ends: Sequence[int], bias: float) -> None:
+        self._ends, self._bias = list(ends), bias
+
+    def __call__(self, _ids: Tensor, scores: Tensor) -> Tensor:
+        """The scores `[rows, vocabulary]` with the bias added to the tokens that end."""
+        biased = scores.clone()
+        biased[:, self._ends] += self._bias
+        return biased
 
 
 class SeededNoise(LogitsProcessor):

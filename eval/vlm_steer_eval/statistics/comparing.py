@@ -5,7 +5,7 @@ from typing import Any
 
 from vlm_steer.errors import ConfigError
 from vlm_steer_eval.benchmarks.registry import BENCHMARKS, BINARY, discordant
-from vlm_steer_eval.running.arms import controls_among
+from vlm_steer_eval.running.arms import controls_among, is_trivial
 from vlm_steer_eval.running.runs import RunArm, Runs
 
 from .closed_form import benjamini_hochberg, holm, mcnemar, minimum_detectable_difference
@@ -29,6 +29,7 @@ ALL = "all"
 """All parts pooled."""
 
 _MAX_SENTENCES = 8
+_WORD_LIMITS = 8
 _YES_RATIOS = tuple(share / 20 for share in range(1, 20))
 
 
@@ -40,7 +41,8 @@ def compare_runs(
     Args:
         runs: from `load_runs`.
         trivial: names of arms that are trivial baselines themselves (another temperature, a length
-            limit, beams); they are compared too, and extend the frontier.
+            limit, beams); they are compared too, and extend the frontier. Arms called
+            `trivial:...` are so without being named.
         n_resamples: bootstrap resamples and relabellings, > 0.
         seed: seed of both.
 
@@ -58,12 +60,14 @@ def compare_runs(
         if name not in runs.arms or name == runs.baseline:
             others = [arm for arm in runs.arms if arm != runs.baseline]
             raise ConfigError(f"--trivial {name!r} is no arm; choose among {', '.join(others)}")
+    named = [name for name in runs.arms if is_trivial(name) and name != runs.baseline]
+    trivial = list(dict.fromkeys([*trivial, *named]))
     comparison = _Comparison(runs, n_resamples, seed)
     return {
         "benchmark": runs.benchmark,
         **runs.scoring,
         "baseline": runs.baseline,
-        "trivial": list(trivial),
+        "trivial": trivial,
         "n_units": len(comparison.base.units),
         "n_images": len(set(comparison.clusters)),
         "excluded": list(runs.excluded),
@@ -267,10 +271,14 @@ class _Comparison:
         if whole is None:
             return {}
         longest = max(len(caption.sentences) for caption in whole)
-        return {
+        points: dict[str, Sequence[Sequence[float]]] = {
             f"first {n} sentence{'s' * (n > 1)}": [c.counts(c.after_sentences(n)) for c in whole]
             for n in range(1, min(longest, _MAX_SENTENCES + 1))
         }
+        most = max(len(caption.starts) for caption in whole)
+        for n in dict.fromkeys(most * part // _WORD_LIMITS for part in range(1, _WORD_LIMITS)):
+            points[f"first {n} words"] = [c.counts(c.after_words(n)) for c in whole]
+        return points
 
     def _biases(self) -> dict[str, Sequence[Sequence[float]]]:
         known = margins(self.base)
