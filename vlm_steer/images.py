@@ -4,12 +4,13 @@ import os
 import struct
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vlm_steer.errors import DataError
 
-__all__ = ["open_image"]
+__all__ = ["decode_image", "open_image"]
 
 # Decoders report broken data in all of these ways.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
@@ -34,8 +35,22 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
         raise DataError(f"image {name} does not exist.")
     if Path(path).is_dir():
         raise DataError(f"image {name} is a folder. Give the image files in it.")
+    return decode_image(path, name)
+
+
+def decode_image(file: str | os.PathLike[str] | BinaryIO, name: str) -> Image.Image:
+    """Decode an image in full, upright, in RGB.
+
+    Args:
+        file: A path, or what can be read as a file.
+        name: What users call it.
+
+    Raises:
+        DataError: It is not an image, is damaged, decodes to a suspiciously large picture, or has
+            more than 8 bits per channel.
+    """
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             image.load()
             _refuse_deep(image, name)
             upright = ImageOps.exif_transpose(image) or image

@@ -6,6 +6,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from vlm_steer.errors import ConfigError, DataError
 from vlm_steer_eval.running.hub import (
@@ -16,6 +17,7 @@ from vlm_steer_eval.running.hub import (
     parse_columns,
 )
 from vlm_steer_eval.running.images import BytesImage, FileImage, ImageError, SceneImage
+from vlm_steer_eval.running.runner import check_images
 from vlm_steer_eval.running.sources import (
     built_pope,
     embedded_chair,
@@ -73,6 +75,21 @@ def instances(image_folder, tmp_path):
     path = tmp_path / "instances.json"
     path.write_text(json.dumps(table))
     return path
+
+
+def test_a_question_that_names_no_image_is_left_out_and_counted(tmp_path):
+    rows = [
+        {"question_id": n, "image": image, "text": "Is there a dog?", "label": "no"}
+        for n, image in enumerate((None, "a.png", None))
+    ]
+    path = tmp_path / "pope_random.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    task = local_pope([path], tmp_path)
+    assert len({item.cluster for item in task.items}) == 3
+    digests, failures = check_images(task.items)
+    assert list(digests) == ["random/1"]
+    assert "question 0 names no image" in failures[0]["error"]
 
 
 def test_pope_is_built_from_a_coco_format_file(instances, image_folder):
@@ -168,6 +185,43 @@ def test_a_data_set_is_read_by_its_columns(table_folder, image_folder):
         hub_pope(str(table_folder / "absent"), "test")
 
 
+def test_a_data_set_is_read_as_a_stream_up_to_its_limit(table_folder):
+    whole = hub_pope(str(table_folder), "test")
+    stream = hub_pope(str(table_folder), "test", limit=2, streaming=True)
+    assert [item.id for item in stream.items] == [item.id for item in whole.items]
+    assert [i.image.digest() for i in stream.items] == [i.image.digest() for i in whole.items]
+    first = hub_pope(str(table_folder), "test", limit=1, streaming=True)
+    assert [item.id for item in first.items] == [whole.items[0].id]
+    with pytest.raises(ConfigError, match="--limit"):
+        hub_pope(str(table_folder), "test", streaming=True)
+    with pytest.raises(ConfigError, match=r"no column text.*question"):
+        hub_pope(str(table_folder), "test", columns="question=text", streaming=True, limit=1)
+
+
+def test_an_empty_or_damaged_cell_of_a_data_set_is_an_unusable_image(table_folder, image_folder):
+    import datasets
+
+    good = (image_folder / "scene_0.png").read_bytes()
+    cells = [{"bytes": cell, "path": None} if cell else None for cell in (good, None, good[:50])]
+    rows = [
+        {"question_id": n, "question": "Is there a dog?", "answer": "no", "image": cell}
+        for n, cell in enumerate(cells)
+    ]
+    features = datasets.Features(
+        question_id=datasets.Value("int64"), question=datasets.Value("string"),
+        answer=datasets.Value("string"), image=datasets.Image(),
+    )  # fmt: skip
+    folder = table_folder.parent / "holes"
+    folder.mkdir()
+    datasets.Dataset.from_list(rows, features=features).to_parquet(folder / "test.parquet")
+    for options in ({}, {"streaming": True, "limit": 9}):
+        task = hub_pope(str(folder), "test", **options)
+        digests, failures = check_images(task.items)
+        assert (list(digests), [f["item"] for f in failures]) == (
+            ["test/0"], ["test/1", "test/2"]
+        )  # fmt: skip
+
+
 def test_column_mappings_are_checked():
     assert parse_columns("label=gold, id=qid", POPE_COLUMNS)["label"] == "gold"
     assert parse_columns(None, CHAIR_COLUMNS) == CHAIR_COLUMNS
@@ -182,11 +236,16 @@ def test_images_are_told_apart_by_content_and_refused_by_name(image_folder, tmp_
     assert SceneImage("iid", 100_000).digest() != SceneImage("iid", 100_001).digest()
     with pytest.raises(ImageError, match=r"gone\.png does not exist"):
         FileImage(tmp_path / "gone.png").digest()
-    with pytest.raises(ImageError, match="not an image"):
+    with pytest.raises(ImageError, match="row 3 is not an image"):
         BytesImage("row 3", b"hello").load()
     buffer = io.BytesIO()
     first.load().save(buffer, format="PNG")
-    with pytest.raises(ImageError, match="row 4 is truncated or damaged"):
+    with pytest.raises(ImageError, match="row 4 is damaged or incomplete"):
         BytesImage("row 4", buffer.getvalue()[:-200]).load()
+    turned, exif = Image.new("RGB", (4, 2)), Image.Exif()
+    exif[0x0112] = 6  # what cameras write when they are held upright
+    buffer = io.BytesIO()
+    turned.save(buffer, format="JPEG", exif=exif)
+    assert BytesImage("row 6", buffer.getvalue()).load().size == (2, 4)
     with pytest.raises(ImageError, match="expected an image column"):
         BytesImage.from_cell("text", "row 5")

@@ -30,7 +30,7 @@ class PopeQuestion:
 
     Attributes:
         id: the file's question id, as text.
-        image: the file's image name.
+        image: the file's image name; empty where it is null.
         text: the question.
         label: the true answer.
         category: the split it belongs to in a merged file; empty otherwise.
@@ -46,8 +46,8 @@ class PopeQuestion:
 
     @property
     def cluster(self) -> str:
-        """The image as a key that id and file name share."""
-        return image_key(self.image)
+        """The image as a key that id and file name share; the question where there is none."""
+        return image_key(self.image) if self.image else f"question {self.id}"
 
 
 def load_questions(path: Path, *, dialogues: bool = False) -> list[PopeQuestion]:
@@ -171,7 +171,7 @@ def _question(path: Path, number: int, row: Mapping[str, Any]) -> PopeQuestion:
         )
     return PopeQuestion(
         id=_required(path, number, row, "question_id"),
-        image=_required(path, number, row, "image"),
+        image="" if row.get("image", "") is None else _required(path, number, row, "image"),
         text=text,
         label="yes" if label == "yes" else "no",
         category=str(row.get("category", "")),

@@ -18,6 +18,7 @@ from .options import (
     NormaliserOption,
     ParserOption,
     SharePrefix,
+    Streaming,
     Suffix,
     Synonyms,
 )
@@ -25,9 +26,9 @@ from .run import (
     check_early,
     chosen_normaliser,
     chosen_splits,
-    refuse_columns_alone,
     refuse_on_scenes,
     refuse_several_sources,
+    refuse_without_dataset,
     required_folder,
     run_and_show,
 )
@@ -53,6 +54,7 @@ def eval_pope(
     images: ImageFolder = None,
     dataset: Dataset = None,
     dataset_split: DatasetSplit = "test",
+    streaming: Streaming = False,
     columns: Columns = None,
     splits: Annotated[
         str, typer.Option("--splits", help="Splits to build: random,popular,adversarial.")
@@ -68,12 +70,12 @@ def eval_pope(
     check_early(run)
     chosen = chosen_splits(splits)
     refuse_several_sources(questions=questions, annotations=annotations, dataset=dataset)
-    refuse_columns_alone(columns, dataset)
+    refuse_without_dataset(dataset, columns=columns, streaming=streaming)
     task: Task
     common: dict[str, Any] = {"seed": run.seed, "parser": parser}
     own: dict[str, Any] = {"limit": run.limit, "suffix": suffix, **common}
     if dataset is not None:
-        task = hub_pope(dataset, dataset_split, columns=columns, **own)
+        task = hub_pope(dataset, dataset_split, columns=columns, streaming=streaming, **own)
     elif questions:
         task = local_pope(questions, required_folder(images, "--questions"), **own)
     elif annotations is not None:
@@ -100,6 +102,7 @@ def eval_chair(
     image_list: ImageList = None,
     dataset: Dataset = None,
     dataset_split: DatasetSplit = "test",
+    streaming: Streaming = False,
     columns: Columns = None,
     prompt: Annotated[
         str, typer.Option("--prompt", help="What the model is asked.")
@@ -113,14 +116,16 @@ def eval_chair(
 
     check_early(run)
     refuse_several_sources(truth=annotations or objects, dataset=dataset)
-    refuse_columns_alone(columns, dataset)
+    refuse_without_dataset(dataset, columns=columns, streaming=streaming)
     if image_list is not None and annotations is None and objects is None:
         raise ConfigError("--image-list has no effect without --annotations or --objects")
     reader = chosen_normaliser(normaliser, synonyms)
     task: Task
     common: dict[str, Any] = {"limit": run.limit, "seed": run.seed, "prompt": prompt}
     if dataset is not None:
-        task = hub_chair(dataset, dataset_split, reader, columns=columns, **common)
+        task = hub_chair(
+            dataset, dataset_split, reader, columns=columns, streaming=streaming, **common
+        )
     elif annotations is not None or objects is not None:
         task = local_chair(
             required_folder(images, "--annotations and --objects"),

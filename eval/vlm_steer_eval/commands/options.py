@@ -47,6 +47,7 @@ __all__ = [
     "RunOutput",
     "SharePrefix",
     "SkipBadImages",
+    "Streaming",
     "Suffix",
     "Synonyms",
     "TaskImages",
@@ -146,6 +147,13 @@ Columns = Annotated[
     str | None, typer.Option("--columns", help="Columns of --dataset: role=column,role=column.")
 ]
 DatasetSplit = Annotated[str, typer.Option("--dataset-split", help="Split of --dataset.")]
+Streaming = Annotated[
+    bool,
+    typer.Option(
+        "--streaming",
+        help="Read --dataset row by row, without storing it, up to the first --limit images.",
+    ),
+]
 ImageList = Annotated[
     Path | None,
     typer.Option("--image-list", help="Only the images of a file, one id or file name per row."),

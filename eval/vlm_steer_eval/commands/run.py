@@ -22,9 +22,9 @@ __all__ = [
     "check_early",
     "chosen_normaliser",
     "chosen_splits",
-    "refuse_columns_alone",
     "refuse_on_scenes",
     "refuse_several_sources",
+    "refuse_without_dataset",
     "required_folder",
     "run_and_show",
 ]
@@ -174,10 +174,11 @@ def refuse_several_sources(**sources: object) -> None:
         raise ConfigError(f"give one source of data, not {' and '.join(given)}")
 
 
-def refuse_columns_alone(columns: str | None, dataset: str | None) -> None:
-    """Raise `ConfigError` for a column mapping without a data set."""
-    if columns is not None and dataset is None:
-        raise ConfigError("--columns has no effect without --dataset")
+def refuse_without_dataset(dataset: str | None, **options: object) -> None:
+    """Raise `ConfigError` for options that say how to read a data set, where there is none."""
+    for name, value in options.items():
+        if value and dataset is None:
+            raise ConfigError(f"--{name} has no effect without --dataset")
 
 
 def refuse_on_scenes(**options: object) -> None:

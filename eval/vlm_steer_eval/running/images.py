@@ -2,15 +2,15 @@
 
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from vlm_steer.errors import DataError
-from vlm_steer.images import open_image
+from vlm_steer.images import decode_image
 
 __all__ = [
     "BytesImage",
@@ -18,6 +18,7 @@ __all__ = [
     "ImageError",
     "ImageSource",
     "NoImage",
+    "RowImage",
     "SceneImage",
     "UnusableImage",
 ]
@@ -70,10 +71,7 @@ class FileImage:
     def load(self) -> Image.Image:
         """Decode the file, upright."""
         self._read()
-        try:
-            return open_image(self.path)
-        except DataError as error:
-            raise ImageError(f"{error} Replace the file.") from error
+        return _decode(self.path, self.name)
 
     def _read(self) -> bytes:
         try:
@@ -129,8 +127,8 @@ class BytesImage:
         return hashlib.sha256(self.content).hexdigest()
 
     def load(self) -> Image.Image:
-        """Decode the bytes."""
-        return _decode(self.content, self.name)
+        """Decode the bytes, upright."""
+        return _decode(io.BytesIO(self.content), self.name)
 
     @classmethod
     def from_cell(cls, cell: Any, name: str) -> "BytesImage":
@@ -144,6 +142,33 @@ class BytesImage:
         if isinstance(cell, Mapping) and cell.get("path"):
             return cls(name, FileImage(Path(str(cell["path"])))._read())
         raise ImageError(f"image {name}: expected an image column, found {type(cell).__name__}")
+
+
+@dataclass(frozen=True, eq=False)
+class RowImage:
+    """An image in a row of a data set, read when it is needed.
+
+    Attributes:
+        name: what users call it.
+        cells: the image column alone, undecoded.
+        index: the row.
+    """
+
+    name: str
+    cells: Sequence[Mapping[str, Any]] = field(repr=False)
+    index: int
+
+    def digest(self) -> str:
+        """SHA-256 of the encoded bytes."""
+        return self._read().digest()
+
+    def load(self) -> Image.Image:
+        """Decode the bytes, upright."""
+        return self._read().load()
+
+    def _read(self) -> BytesImage:
+        (cell,) = self.cells[self.index].values()
+        return BytesImage.from_cell(cell, self.name)
 
 
 @dataclass(frozen=True)
@@ -169,15 +194,8 @@ class SceneImage:
         return image(self.split, self.image_id)
 
 
-def _decode(content: bytes, name: str) -> Image.Image:
+def _decode(file: Path | BinaryIO, name: str) -> Image.Image:
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            return image.convert("RGB")
-    except UnidentifiedImageError as error:
-        raise ImageError(
-            f"image {name} is not an image ({len(content)} bytes); replace the file"
-        ) from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(
-            f"image {name} is truncated or damaged ({error}); replace the file"
-        ) from error
+        return decode_image(file, name)
+    except DataError as error:
+        raise ImageError(f"{error} Replace the file.") from error

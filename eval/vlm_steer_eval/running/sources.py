@@ -23,7 +23,7 @@ from vlm_steer_eval.benchmarks.tasks import ChairTask, Item, PopeTask
 from vlm_steer_eval.benchmarks.vocabulary import ObjectVocabulary
 from vlm_steer_eval.files import image_key, read_json, read_rows, read_text
 
-from .images import FileImage, SceneImage
+from .images import FileImage, ImageSource, SceneImage, UnusableImage
 
 __all__ = [
     "CAPTION_PROMPT",
@@ -338,13 +338,19 @@ def _question_item(
     prefix = file if is_dialogue else split
     return Item(
         id=f"{prefix}/{question.id}",
-        image=FileImage(images / question.image),
+        image=_question_image(question, images),
         prompt=question.text + suffix,
         split=split,
         cluster=question.cluster,
         gold={"label": question.label},
         after=f"{prefix}/{question.after}" if question.after else None,
     )
+
+
+def _question_image(question: PopeQuestion, images: Path) -> ImageSource:
+    if not question.image:
+        return UnusableImage("", f"question {question.id} names no image; complete the file")
+    return FileImage(images / question.image)
 
 
 def _split_names(paths: Sequence[Path]) -> dict[Path, str]:
