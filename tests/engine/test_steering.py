@@ -3,6 +3,7 @@
 import copy
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,6 +92,15 @@ def test_var_says_at_attach_that_a_model_has_no_sinks(family: zoo.Family) -> Non
         handle = vlm_steer.attach(family.model, "var")
     assert "no sink dimensions" in handle.status()["methods"][0]["notes"][0]
     handle.detach()
+
+
+def test_warnings_point_at_the_line_that_asked_for_the_steering(family: zoo.Family) -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        vlm_steer.attach(family.model, "var").detach()
+        with vlm_steer.steer(family.model, "var"):
+            pass
+    assert [Path(warning.filename).name for warning in seen] == [Path(__file__).name] * 2
 
 
 def test_var_finds_planted_sink_dimensions_by_itself(family: zoo.Family) -> None:
