@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -81,8 +81,8 @@ def loaded(case: str) -> tuple[zoo.Family, zoo.Look]:
     return family, make() if make else family.recipe.look
 
 
-def prepare(look: zoo.Look, image: Image.Image) -> zoo.Inputs:
-    blocks, tensors = look([image])
+def prepare(look: zoo.Look, *images: Image.Image) -> zoo.Inputs:
+    blocks, tensors = look(list(images))
     ids = [zoo.BOS, *(token for block in blocks for token in block), zoo.FIRST_TEXT]
     return {"input_ids": torch.tensor([ids]), **tensors}
 
@@ -163,6 +163,48 @@ def test_a_bright_square_lies_in_the_boxes_of_the_tokens_that_see_it(
     whole = area > 0.5 * area.max()  # slivers at the border of padding are all blur
     assert (share - inside)[whole].abs().max() < 0.2
     assert (share - inside)[whole].abs().mean() < 0.05
+
+
+def several(case: str, sizes: Sequence[tuple[int, int]]) -> list[Places]:
+    """Where the tokens of several pictures in one prompt lie, picture by picture."""
+    family, look = loaded(case)
+    others = [picture(size, (0, 0, *size)) for size in sizes]
+
+    def prepare_with(image: Image.Image, at: int) -> zoo.Inputs:
+        return prepare(look, *others[:at], image, *others[at + 1 :])
+
+    return [
+        place_tokens(
+            inspect_model(family.model), functools.partial(prepare_with, at=i), size, image=i
+        )
+        for i, size in enumerate(sizes)
+    ]
+
+
+ALONE_ONLY = {"any size", "pooled lines of patches", "patches with places"}
+"""Cases whose grids are told by the number of tokens, which says nothing of several pictures."""
+
+
+@pytest.mark.parametrize("case", sorted(set(CASES) - ALONE_ONLY))
+def test_each_of_several_pictures_has_its_own_tokens(case: str) -> None:
+    sizes = [(90, 60), (50, 70)]
+    found = several(case, sizes)
+    assert not (found[0].has_place & found[1].has_place).any()
+    for places, size in zip(found, sizes, strict=True):
+        mine = places.boxes[places.has_place]
+        if case == "stretched tiles with newlines":  # several pictures are padded, and not tiled
+            widest = (mine[:, 2:] - mine[:, :2]).max().item()
+            assert widest == pytest.approx(max(size) / 4, rel=0.1)
+            continue
+        alone = places_of(case, size)
+        expected = alone.boxes[alone.has_place]
+        torch.testing.assert_close(mine, expected, rtol=0, atol=0.51)
+
+
+@pytest.mark.parametrize("case", sorted(ALONE_ONLY))
+def test_pictures_that_are_not_told_apart_have_no_places(case: str) -> None:
+    with pytest.raises(UnsupportedModelError, match="no fixed grid of patches"):
+        several(case, [(90, 60), (50, 70)])
 
 
 def test_a_tenth_of_a_pixel_beside_padding_is_no_place() -> None:

@@ -527,11 +527,10 @@ def _llava_onevision() -> Recipe:
     )
 
     def look(pictures: Pictures) -> tuple[list[list[int]], Inputs]:
-        out = dict(process(pictures))
+        out = dict(process([pictures]))
         # Several images in one row are not tiled: each is its base tile and one newline.
         lengths = [_anyres_tokens(size, PINPOINTS) for size in out["image_sizes"]]
         several = len(pictures) > 1
-        out["batch_num_images"] = torch.tensor([len(pictures)])
         return _blocks([17] * len(pictures) if several else lengths, [], []), out
 
     return Recipe(config=config, look=look)

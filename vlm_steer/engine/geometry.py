@@ -3,7 +3,8 @@
 Processors stretch, crop, pad, tile and cut into patches, and families differ in which of it they
 do. Nothing of that is assumed: the processor prepares a black and a white picture and two ramps,
 all of the user's size, and what comes out says of every value which point of the picture it shows,
-and whether it shows the picture at all.
+and whether it shows the picture at all. Where a prompt has several pictures, one of them changes
+and the others stay, so values that show another one change as little as padding does.
 """
 
 import inspect
@@ -27,7 +28,10 @@ from vlm_steer.errors import UnsupportedModelError
 __all__ = ["Places", "Prepare", "place_tokens"]
 
 Prepare = Callable[[Image.Image], Mapping[str, Any]]
-"""From a picture to what the model is given for a prompt about it, ``input_ids`` included."""
+"""From a picture to what the model is given for a prompt about it, ``input_ids`` included.
+
+Where the prompt has several pictures, the others have to be the same each time.
+"""
 
 _BRIGHTEST = 255
 _STRAY = 0.35
@@ -39,11 +43,12 @@ is this inexact where the processor blends it with padding."""
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Places:
-    """The places of the image tokens of one picture; of its keys, where it is seen across.
+    """The places of image tokens in one picture; of its keys, where it is seen across.
 
     Attributes:
-        boxes: ``[tokens, 4]`` float64: left, top, right and bottom edge in pixels of the picture,
-            cut at its borders; NaN for tokens that show none of it, such as padding and newlines.
+        boxes: ``[tokens, 4]`` float64, all image tokens of the prompt: left, top, right and bottom
+            edge in pixels of the picture, cut at its borders; NaN for tokens that show none of it,
+            such as padding, newlines and those of other pictures.
         size: Width and height of the picture.
     """
 
@@ -86,13 +91,16 @@ def _coverage(start: Tensor, end: Tensor, length: int) -> Tensor:
     )
 
 
-def place_tokens(info: ModelInfo, prepare: Prepare, size: tuple[int, int]) -> Places:
+def place_tokens(
+    info: ModelInfo, prepare: Prepare, size: tuple[int, int], *, image: int = 0
+) -> Places:
     """Find the places of the image tokens of a picture, or of its keys in cross-attention layers.
 
     Args:
         info: The model.
         prepare: The model's processor, with the prompt that goes with the picture.
         size: Width and height of the picture in pixels.
+        image: Which of the prompt's pictures it is.
 
     Raises:
         UnsupportedModelError: The image tokens have no places, or these cannot be told.
@@ -105,7 +113,7 @@ def place_tokens(info: ModelInfo, prepare: Prepare, size: tuple[int, int]) -> Pl
     elif hasattr(info.model.config, "image_grid_pinpoints"):
         boxes = _packed_boxes(info.model, view)
     else:
-        boxes = _grid_boxes(info.geometry, view, count)
+        boxes = _grid_boxes(info.geometry, view, count, image)
     if len(boxes) != count:
         raise _placeless(f"{len(boxes)} places were found for {count} image tokens")
     places = Places(_cut(boxes, size), size)
@@ -121,6 +129,8 @@ class _View(NamedTuple):
         x: Abscissa in pixels of the picture, of the shape of the tensor.
         y: Ordinate.
         is_inside: Which values show the picture, and not padding.
+        is_filler: Which values are 0 for a black and for a white picture, as those of tiles are
+            that only fill a stack up.
         inputs: What the processor returned for one of the test pictures.
         size: Of the picture, width and height.
     """
@@ -128,6 +138,7 @@ class _View(NamedTuple):
     x: Tensor
     y: Tensor
     is_inside: Tensor
+    is_filler: Tensor
     inputs: Mapping[str, Any]
     size: tuple[int, int]
 
@@ -147,19 +158,20 @@ class _View(NamedTuple):
         span = high - low
         is_inside = span.abs() > 0.25 * span.abs().max()
         span = span.where(is_inside, torch.ones_like(span))
-        return cls((x - low) / span * width, (y - low) / span * height, is_inside, inputs, size)
+        x, y = (x - low) / span * width, (y - low) / span * height
+        return cls(x, y, is_inside, (low == 0) & (high == 0), inputs, size)
 
     def reshaped(self, shape: Sequence[int]) -> "_View":
         """The same values in another shape."""
-        x, y, is_inside = (part.reshape(shape) for part in self[:3])
-        return self._replace(x=x, y=y, is_inside=is_inside)
+        x, y, is_inside, is_filler = (part.reshape(shape) for part in self[:4])
+        return self._replace(x=x, y=y, is_inside=is_inside, is_filler=is_filler)
 
 
 def _grey(shade: Any) -> Image.Image:
     return Image.fromarray((shade * _BRIGHTEST).round().astype(np.uint8)).convert("RGB")
 
 
-def _grid_boxes(geometry: Geometry, view: _View, count: int) -> Tensor:
+def _grid_boxes(geometry: Geometry, view: _View, count: int, image: int) -> Tensor:
     """``[count, 4]`` boxes of tokens that fill grids line by line."""
     if geometry.unknown:
         # Where the model tells nothing, what the processor returned may.
@@ -174,7 +186,17 @@ def _grid_boxes(geometry: Geometry, view: _View, count: int) -> Tensor:
     tiles = _tiles(view)
     if tiles is not None and len(tiles.x) == len(shapes):
         return torch.cat([_tile_boxes(tiles, i, shape) for i, shape in enumerate(shapes)])
-    return _patch_boxes(view, shapes)
+    if not image < len(shapes):
+        raise _placeless(f"its {len(shapes)} grids of patches are not those of its pictures")
+    own = _patch_boxes(view, shapes[image])
+    return torch.cat(
+        [own if i == image else _nowhere(math.prod(shape)) for i, shape in enumerate(shapes)]
+    )
+
+
+def _nowhere(count: int) -> Tensor:
+    """``[count, 4]`` boxes of tokens without a place."""
+    return torch.full((count, 4), math.nan, dtype=torch.float64)
 
 
 def _square_cells(view: _View, count: int) -> Sequence[tuple[int, int]] | None:
@@ -258,11 +280,9 @@ def _boxes(x: Tensor, y: Tensor) -> Tensor:
     ).reshape(-1, 4)
 
 
-def _patch_boxes(view: _View, shapes: Sequence[tuple[int, int]]) -> Tensor:
+def _patch_boxes(view: _View, shape: tuple[int, int]) -> Tensor:
     """Boxes of tokens that stand for patches, or for squares of patches, of one grid."""
-    if len(shapes) != 1:
-        raise _placeless(f"its {len(shapes)} grids of patches are not told apart")
-    ((rows, columns),) = shapes
+    rows, columns = shape
     x, y = _patch_centres(view)
     merge = math.isqrt(len(x) // (rows * columns))
     if merge**2 * rows * columns != len(x):
@@ -276,11 +296,11 @@ def _patch_boxes(view: _View, shapes: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def _patch_centres(view: _View) -> tuple[Tensor, Tensor]:
-    """``[patches]`` abscissas and ordinates; padding, which comes last, left out."""
+    """``[patches]`` abscissas and ordinates; padding, and other pictures, left out."""
     first = 2 if view.x.ndim == 3 else 1
     flat = (-1, math.prod(view.x.shape[first:]))
-    count = int(view.is_inside.reshape(flat).any(dim=1).sum())
-    x, y = (part.reshape(flat)[:count].mean(dim=1) for part in (view.x, view.y))
+    is_patch = view.is_inside.reshape(flat).any(dim=1)
+    x, y = (part.reshape(flat)[is_patch].mean(dim=1) for part in (view.x, view.y))
     return x, y
 
 
@@ -330,35 +350,42 @@ def _steps(places: Tensor, length: int) -> _Line:
 
 def _packed_boxes(model: Any, view: _View) -> Tensor:
     """Boxes of tokens that the model itself arranges from tiles, with newlines among them."""
-    tiles = _tiles(view)
-    side = int(_vision(model, "image_size")) // int(_vision(model, "patch_size"))
-    if tiles is None or not isinstance(view.inputs.get("image_sizes"), Tensor):
+    shape = tuple(view.x.shape)
+    shape = (1, *shape) if len(shape) == 4 else shape
+    if len(shape) != 5 or not isinstance(view.inputs.get("image_sizes"), Tensor):
         raise _placeless("its processor does not say how it tiles pictures")
-    boxes = torch.stack([_tile_boxes(tiles, i, (side, side)) for i in range(len(tiles.x))])
+    side = int(_vision(model, "image_size")) // int(_vision(model, "patch_size"))
+    stacks = view.reshaped(shape)
     pack = [m for m in model.modules() if hasattr(m, "pack_image_features")][-1].pack_image_features
     options = {
-        "image_features": [boxes],
+        "image_features": [_stack_boxes(stacks, i, side) for i in range(shape[0])],
         "image_sizes": view.inputs["image_sizes"],
         "vision_feature_select_strategy": "full",
-        "image_newline": torch.full((4,), math.nan, dtype=boxes.dtype),
+        "image_newline": torch.full((4,), math.nan, dtype=torch.float64),
         "vision_aspect_ratio": getattr(model.config, "vision_aspect_ratio", None),
     }
     known = inspect.signature(pack).parameters
     packed, _ = pack(**{name: value for name, value in options.items() if name in known})
-    base, grid = packed[0][: side * side], packed[0][side * side :]
-    return torch.cat([base, _widened(grid)])
+    parts = ((image[: side * side], image[side * side :]) for image in packed)
+    return torch.cat([torch.cat([base, _widened(grid)]) for base, grid in parts])
+
+
+def _stack_boxes(stacks: _View, number: int, side: int) -> Tensor:
+    """``[tiles, side * side, 4]`` boxes of one picture's tiles, without those that fill up."""
+    tiles = stacks.reshaped((-1, *stacks.x.shape[2:]))
+    first = number * stacks.x.shape[1]
+    n_tiles = int((~stacks.is_filler[number]).flatten(1).any(dim=1).sum())
+    return torch.stack([_tile_boxes(tiles, first + i, (side, side)) for i in range(n_tiles)])
 
 
 def _cross_boxes(model: Any, view: _View) -> Tensor:
     """Boxes of the keys of cross-attention layers: tile by tile, a class token and its patches."""
-    if view.x.ndim != 6 or view.x.shape[:2] != (1, 1):
+    if view.x.ndim != 6 or len(view.x) != 1:
         raise _placeless("the image is seen through cross-attention, and not in tiles")
-    shape = view.x.shape[2:]
-    tiles = view.reshaped(shape)
+    tiles = view.reshaped((-1, *view.x.shape[3:]))
     side = int(_vision(model, "image_size")) // int(_vision(model, "patch_size"))
-    nowhere = torch.full((1, 4), math.nan, dtype=torch.float64)
-    parts = [_tile_boxes(tiles, i, (side, side)) for i in range(shape[0])]
-    return torch.cat([torch.cat([nowhere, part]) for part in parts])
+    parts = [_tile_boxes(tiles, i, (side, side)) for i in range(len(tiles.x))]
+    return torch.cat([torch.cat([_nowhere(1), part]) for part in parts])
 
 
 def _vision(model: Any, name: str) -> Any:
