@@ -3,7 +3,7 @@
 import gc
 from collections.abc import Callable, Sequence
 from itertools import cycle
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from PIL import Image
@@ -16,19 +16,21 @@ __all__ = ["answer_ids", "encode", "halving", "render_prompt", "without_prompt"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Pictures: TypeAlias = Image.Image | Sequence[Image.Image]
+"""The image of a prompt, or its images in order."""
 
 
 def render_prompt(
-    processor: Any, text: str, history: Sequence[tuple[str, str]] = (), *, has_image: bool = True
+    processor: Any, text: str, history: Sequence[tuple[str, str]] = (), *, n_images: int = 1
 ) -> str:
-    """The whole prompt of a question about one image, or about none.
+    """The whole prompt of a question about an image, about several, or about none.
 
     Args:
         processor: What ``AutoProcessor.from_pretrained`` returned. Its chat template is used when
             it has one; otherwise the prompt is its image token, then the question.
         text: The question.
         history: Questions and answers before it; the image stands in front of the first.
-        has_image: Whether there is an image.
+        n_images: How many images stand there; 0 for none.
     """
     turns = [*(turn for pair in history for turn in pair), text]
     if getattr(processor, "chat_template", None):
@@ -36,31 +38,30 @@ def render_prompt(
             {"role": role, "content": [{"type": "text", "text": turn}]}
             for role, turn in zip(cycle(("user", "assistant")), turns, strict=False)
         ]
-        if has_image:
-            messages[0]["content"].insert(0, {"type": "image"})
+        messages[0]["content"][:0] = [{"type": "image"}] * n_images
         prompt: str = processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False
         )
         return prompt
-    token = getattr(processor, "image_token", None) if has_image else None
-    return "\n".join([token, *turns] if token else turns)
+    token = getattr(processor, "image_token", None)
+    return "\n".join([*[token] * n_images, *turns] if token else turns)
 
 
 def encode(
-    processor: Any, prompts: Sequence[str], images: Sequence[Image.Image] | None
+    processor: Any, prompts: Sequence[str], images: Sequence[Pictures] | None
 ) -> BatchFeature:
-    """Prepare one image per prompt, or none at all, padded on the left; on the CPU.
+    """Prepare prompts with their images, or without any, padded on the left; on the CPU.
 
     Args:
         processor: The model's processor.
         prompts: Whole prompts, as ``render_prompt`` returns them.
-        images: One image per prompt; None for prompts without images.
+        images: Per prompt its image, or several; None for prompts without images.
     """
     bos = getattr(getattr(processor, "tokenizer", processor), "bos_token", None)
     # Some chat templates write the token that the tokenizer would add.
     is_written = isinstance(bos, str) and all(prompt.startswith(bos) for prompt in prompts)
     inputs: BatchFeature = processor(
-        images=None if images is None else [[image] for image in images],
+        images=None if images is None else [_listed(given) for given in images],
         text=list(prompts),
         padding=True,
         padding_side="left",
@@ -68,6 +69,10 @@ def encode(
         **({"add_special_tokens": False} if is_written else {}),
     )
     return inputs
+
+
+def _listed(given: Pictures) -> list[Image.Image]:
+    return [given] if isinstance(given, Image.Image) else list(given)
 
 
 def without_prompt(output: Tensor, input_ids: Tensor) -> Tensor:

@@ -28,8 +28,16 @@ def test_the_page_and_the_json_are_written_where_asked(ask, tmp_path):
     assert list(data["arms"][0]["risk"]) == ["svar", "entropy"]
     assert [arm["name"] for arm in data["arms"]] == ["none", "pai"]
     assert data["provenance"]["weights"] == "tiny"
-    assert data["provenance"]["file"] == "red.png"
+    assert data["provenance"]["files"] == ["red.png"]
     assert html.read_text().startswith("<!doctype html>")
+
+
+def test_several_pictures_are_asked_about_at_once(ask, pictures, tmp_path):
+    code, _, _ = ask(pictures[1], "--checks", 0, "--output", tmp_path)
+    data = json.loads((tmp_path / "explain.json").read_text())
+    assert code == 0
+    assert len(data["images"]) == 2
+    assert data["provenance"]["files"] == ["red.png", "blue.jpg"]
 
 
 def test_json_is_printed_for_programs(ask):

@@ -141,7 +141,7 @@ def test_questions_without_an_image_are_asked_without_one(
     task = dataclasses.replace(task, items=[blind[0], *task.items, blind[1]])
     run = _run((model, processor), task, tmp_path, methods="none,pai")
     assert sizes == 2 * [3, 3, 2, 2]  # they share no batch with the others
-    prompt = render_prompt(processor, blind[0].prompt, has_image=False)
+    prompt = render_prompt(processor, blind[0].prompt, n_images=0)
     inputs = encode(processor, [prompt], None)
     ids = model.generate(**inputs, max_new_tokens=2, do_sample=False)
     said = processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :])

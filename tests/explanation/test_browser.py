@@ -1,24 +1,29 @@
 """The page in a real browser: Chromium, driven by Playwright, where both are installed."""
 
+import math
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
+import torch
 
 from tests.explanation.test_page import hostile
+from vlm_steer.engine.geometry import Places
+from vlm_steer.explanation import Check
 
 sync_api = pytest.importorskip(
     "playwright.sync_api", reason="needs Playwright (pip install playwright) and Chromium"
 )
 BRIGHTEST = """() => {
-  const c = document.getElementById("overlay");
+  const c = document.getElementById("overlay-0");
   const p = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;
   const bright = (i) => p[4 * i + 1] * p[4 * i + 3];
   let best = 0;
   for (let i = 0; i < c.width * c.height; i++) if (bright(i) > bright(best)) best = i;
   return [(best % c.width + 0.5) / c.width, (Math.floor(best / c.width) + 0.5) / c.height];
 }"""
-OVERLAY = "() => document.getElementById('overlay').toDataURL()"
+OVERLAY = "() => document.getElementById('overlay-0').toDataURL()"
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +74,8 @@ def test_pointing_at_a_word_changes_the_overlay(opened, result):
     word(page, 5).hover()
     other = page.evaluate(OVERLAY)
     assert len({empty, one, other}) == 3
-    assert page.locator("#overlay").get_attribute("data-word") == "1:5"
-    assert result.words[5].text in page.locator("#overlay").get_attribute("aria-label")
+    assert page.locator("#overlay-0").get_attribute("data-word") == "1:5"
+    assert result.words[5].text in page.locator("#overlay-0").get_attribute("aria-label")
     assert result.words[5].text in page.locator("#word-name").inner_text()
 
 
@@ -90,11 +95,11 @@ def test_a_locked_word_stays_and_escape_lets_it_go(opened):
     page = opened()
     word(page, 4).click()
     word(page, 6).hover()
-    assert page.locator("#overlay").get_attribute("data-word") == "1:4"
+    assert page.locator("#overlay-0").get_attribute("data-word") == "1:4"
     assert word(page, 4).get_attribute("aria-pressed") == "true"
     page.keyboard.press("Escape")
     word(page, 7).hover()
-    assert page.locator("#overlay").get_attribute("data-word") == "1:7"
+    assert page.locator("#overlay-0").get_attribute("data-word") == "1:7"
 
 
 def test_arrows_move_between_words_and_answers(opened):
@@ -103,7 +108,7 @@ def test_arrows_move_between_words_and_answers(opened):
     seen = []
     for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "ArrowUp", "End", "Home"):
         page.keyboard.press(key)
-        seen.append(page.locator("#overlay").get_attribute("data-word"))
+        seen.append(page.locator("#overlay-0").get_attribute("data-word"))
     last = page.locator(".word[data-arm='0']").count() - 1
     assert seen == ["1:1", "1:2", "1:1", "0:1", f"0:{last}", "0:0"]
     assert page.locator(".word[tabindex='0']").count() == 1
@@ -139,8 +144,35 @@ def test_checks_layers_colours_and_modes_are_shown(opened, result):
 
 def test_a_click_on_the_picture_marks_the_words_that_looked_there(opened):
     page = opened()
-    page.locator("#overlay").click(position={"x": 60, "y": 60})
+    page.locator("#overlay-0").click(position={"x": 60, "y": 60})
     assert 0 < page.locator(".word.looks").count() <= 12
+
+
+def test_a_word_that_is_ruled_out_is_called_that(opened, result):
+    check = Check((1, 2), -0.5, -math.inf, -1.0, -math.inf)
+    page = opened(replace(result, arms=(result.arms[0], replace(result.arm, checks={3: check}))))
+    word(page, 3).hover()
+    facts = page.locator("#word-facts").inner_text()
+    assert "looked at most ruled out" in facts
+    assert "without it the word is ruled out" in facts
+    assert "Infinity" not in facts
+
+
+def test_every_picture_has_an_overlay_on_one_scale(opened, result):
+    places = result.places[0]
+    half = places.boxes[:, 0] < 50
+    both = tuple(
+        Places(places.boxes.where(mine[:, None], torch.nan), places.size) for mine in (half, ~half)
+    )
+    page = opened(replace(result, images=result.images * 2, places=both))
+    word(page, 3).hover()
+    pictures = [page.evaluate(OVERLAY.replace("overlay-0", f"overlay-{k}")) for k in range(2)]
+    assert pictures[0] != pictures[1]
+    assert "in picture 2 for the word" in page.locator("#overlay-1").get_attribute("aria-label")
+    second = page.locator("#overlay-1")
+    size = second.bounding_box()
+    second.click(position={"x": 0.7 * size["width"], "y": 0.5 * size["height"]})
+    assert page.locator(".word.looks").count() > 0
 
 
 def test_dark_mode_is_dark(opened):

@@ -1,5 +1,6 @@
 """What ``vlm_steer.explain`` returns."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -10,10 +11,11 @@ import vlm_steer
 from vlm_steer.detection import FittedDetector, build_detector, made_for, trace_generation
 from vlm_steer.errors import ConfigError, DataError, UnsupportedModelError
 from vlm_steer.explanation import differing, split_words
-from vlm_steer.explanation.checks import check_words, dictated, read_again
+from vlm_steer.explanation.checks import Check, check_words, dictated, read_again
 from vlm_steer.explanation.risk import load_detectors
 from vlm_steer.explanation.words import Word
 from vlm_steer.generation import encode, render_prompt
+from vlm_steer.tiny import scenes
 
 
 def test_the_answers_are_those_of_plain_generation(result, tiny, picture):
@@ -56,7 +58,7 @@ def test_attention_to_sinks_is_shown_only_when_asked_for(result):
     hiding = replace(result, arms=(replace(result.arm, trace=replace(trace, sinks=sinks)),))
     assert hiding.arm.sinks.nonzero().flatten().tolist() == [0, 5]
     hidden, shown = hiding.heatmap(0), hiding.heatmap(0, sinks=True)
-    box = hiding.places.boxes[5]
+    box = hiding.places[0].boxes[5]
     middle = (int(box[1::2].mean()), int(box[::2].mean()))
     assert hidden[middle] == 0 < shown[middle]
     np.testing.assert_array_equal(shown, result.heatmap(0))
@@ -144,7 +146,7 @@ def test_the_riskiest_words_are_checked(result):
         for number, check in arm.checks.items():
             tokens = slice(*arm.words[number].tokens)
             assert check.logprob == pytest.approx(float(arm.trace.logprob[tokens].sum()))
-            assert len(check.cells) == round(0.1 * len(result.places.boxes))
+            assert len(check.cells) == round(0.1 * len(result.places[0].boxes))
 
 
 def test_words_can_be_checked_by_name(tiny, picture):
@@ -153,6 +155,59 @@ def test_words_can_be_checked_by_name(tiny, picture):
             *tiny, picture, "Describe the image.", checks=["IMAGE", "zebra"], max_new_tokens=4
         )
     assert [seen.words[number].text.casefold() for number in seen.arm.checks] == ["image"]
+
+
+def test_a_word_that_a_mask_rules_out_is_minus_infinity(tiny, picture):
+    model, processor = tiny
+    inputs = encode(processor, [render_prompt(processor, "Describe the image.")], [picture])
+    (trace,) = trace_generation(model, processor, inputs, max_new_tokens=12, do_sample=False)
+    mask = vlm_steer.get_method("plausibility_mask")(beta=0.99)
+    without_image = dictated(model, processor, inputs, trace.ids, [mask])(range(64), 12)
+    assert without_image.isneginf().any()
+    assert Check((0,), -1.0, -math.inf, -3.0, -math.inf).effect == math.inf
+    assert math.isnan(Check((0,), -1.0, -math.inf, -math.inf, -math.inf).effect)
+
+
+# -- several pictures ---------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def several(tiny, picture):
+    """Two pictures in one prompt, the second one standing."""
+    second = scenes.render(scenes.scene("broken", 1)).resize((80, 110))
+    return vlm_steer.explain(
+        *tiny, [picture, second], "Describe the images.", checks=1, max_new_tokens=8
+    )
+
+
+def test_every_picture_of_a_prompt_has_its_own_heat_map(several):
+    assert several.arm.trace.maps.shape[-1] == 128
+    first, second = (several.heatmap(2, image=i, sinks=True) for i in range(2))
+    assert (first.shape, second.shape) == ((90, 120), (110, 80))
+    weights = several.arm.attention(several.words[2].tokens, sinks=True)
+    assert float(first.sum()) == pytest.approx(float(weights[:64].sum()), rel=1e-4)
+    assert float(second.sum()) == pytest.approx(float(weights[64:].sum()), rel=1e-4)
+    with pytest.raises(ConfigError, match="picture 2 does not exist; there are 2"):
+        several.heatmap(0, image=2)
+
+
+def test_cells_of_all_pictures_are_checked_together(several):
+    (check,) = several.arm.checks.values()
+    assert len(check.cells) == round(0.1 * int((~several.arm.sinks).sum()))
+    assert set(check.cells) <= set(range(128))
+
+
+def test_what_looks_at_one_picture_refuses_several(tiny, picture):
+    with pytest.raises(ConfigError, match="self_check looks at a single picture, and 2 were"):
+        vlm_steer.explain(*tiny, [picture] * 2, "What is here?", detectors=["self_check"])
+    with pytest.raises(ConfigError, match="no picture was given"):
+        vlm_steer.explain(*tiny, [], "What is here?")
+
+
+def test_a_detector_that_asks_the_model_again_may(tiny, picture):
+    asking = build_detector("self_check", {"n_samples": 2, "max_new_tokens": 2})
+    seen = vlm_steer.explain(
+        *tiny, picture, "Is there a dog?", detectors=[asking], checks=0, max_new_tokens=2
+    )
+    assert len(seen.risk["self_check"]) == len(seen.words)
 
 
 # -- words --------------------------------------------------------------------------------------
@@ -183,7 +238,7 @@ def test_words_are_found_with_the_tokens_that_write_them(result):
 
 # -- bad input ----------------------------------------------------------------------------------
 def test_a_model_without_places_is_explained_without_heat_maps(tiny, picture, monkeypatch):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise UnsupportedModelError("its image tokens are learned queries")
 
     monkeypatch.setattr("vlm_steer.explanation.explaining.place_tokens", refuse, raising=True)

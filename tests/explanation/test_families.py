@@ -42,12 +42,12 @@ class Processor:
         return self
 
 
-def explained(name: str) -> vlm_steer.explanation.ExplainResult:
+def explained(name: str, *more: Image.Image) -> vlm_steer.explanation.ExplainResult:
     family = zoo.load(name)
     return vlm_steer.explain(
         family.model,
         Processor(family),
-        PICTURE,
+        [PICTURE, *more],
         "what is here",
         methods={"method": "knockout", "queries": ["instruction"], "keys": ["instruction"]},
         detectors=("entropy",),
@@ -64,11 +64,23 @@ def test_every_kind_of_geometry_gets_heat_maps_and_checks(name: str) -> None:
     for number, word in enumerate(result.words):
         heat = result.heatmap(number, sinks=True)
         assert heat.shape == (44, 60)
-        seen = result.arm.attention(word.tokens, sinks=True)[result.places.has_place]
+        seen = result.arm.attention(word.tokens, sinks=True)[result.places[0].has_place]
         assert float(heat.sum()) == pytest.approx(float(seen.sum()), rel=1e-4)
     for arm in result.arms:
         (check,) = arm.checks.values()
         assert check.without_image != check.logprob
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "qwen2_5_vl", "idefics3"])
+def test_several_pictures_have_heat_maps_of_their_own(name: str) -> None:
+    result = explained(name, PICTURE.resize((40, 52)))
+    first, second = (result.heatmap(0, sinks=True, image=image) for image in range(2))
+    assert (first.shape, second.shape) == ((44, 60), (52, 40))
+    seen = result.arm.attention(result.words[0].tokens, sinks=True)
+    is_placed = result.places[0].has_place | result.places[1].has_place
+    assert float(first.sum() + second.sum()) == pytest.approx(
+        float(seen[is_placed].sum()), rel=1e-4
+    )
 
 
 def test_keys_of_cross_attention_have_heat_maps_but_no_checks() -> None:

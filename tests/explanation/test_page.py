@@ -3,6 +3,7 @@
 import base64
 import itertools
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from PIL import Image
 from vlm_steer.detection.trace import TraceLayout
 from vlm_steer.engine.geometry import Places
 from vlm_steer.engine.hooks import Columns
+from vlm_steer.explanation.checks import Check
 from vlm_steer.explanation.payload import SCHEMA, payload
 from vlm_steer.explanation.words import split_words
 
@@ -55,10 +57,10 @@ def test_a_heat_map_can_be_computed_from_the_page_alone(result):
     data = embedded(result.to_html())
     maps = data["arms"][1]["maps"]
     values = np.frombuffer(base64.b64decode(maps["data"]), dtype=np.uint8)
-    rows = values.reshape(maps["n_words"], len(maps["bands"]), len(data["places"]))
+    rows = values.reshape(maps["n_words"], len(maps["bands"]), len(data["places"][0]))
     weights = rows[4, 0] / 255 * maps["tops"][4 * len(maps["bands"])]
-    heat = np.zeros((data["image"]["height"], data["image"]["width"]))
-    for weight, box in zip(weights, data["places"], strict=True):
+    heat = np.zeros((data["images"][0]["height"], data["images"][0]["width"]))
+    for weight, box in zip(weights, data["places"][0], strict=True):
         if box is not None:
             left, top, right, bottom = (round(edge) for edge in box)
             heat[top:bottom, left:right] += weight / ((box[2] - box[0]) * (box[3] - box[1]))
@@ -163,9 +165,36 @@ def test_a_page_of_300_tokens_stays_below_5_megabytes(result, n_image, layers, n
     boxes = torch.rand(n_image, 2).double() * 900
     picture = Image.effect_noise((1600, 1200), 90).convert("RGB")
     places = Places(torch.cat([boxes, boxes + 40], dim=1), (1600, 1200))
-    page = replace(result, arms=tuple(arms), places=places, image=picture)
+    page = replace(result, arms=tuple(arms), places=(places,), images=(picture,))
     assert len(page.to_html().encode()) < 5_000_000
     assert any(note in line for line in payload(page)["notes"]) if note else True
+
+
+def test_a_word_that_is_ruled_out_has_no_number(result):
+    check = Check((1, 2), -0.5, -math.inf, -1.0, -math.inf)
+    data = payload(replace(result, arms=(replace(result.arm, checks={1: check}),)))
+    shown = data["arms"][0]["checks"]["1"]
+    assert shown == {
+        "cells": [1, 2],
+        "logprob": -0.5,
+        "without_cells": None,
+        "without_others": -1.0,
+        "without_image": None,
+    }
+    json.dumps(data, allow_nan=False)
+
+
+def test_several_pictures_share_the_size_of_one(result):
+    small, large = (Image.effect_noise((1600, 1200), 90).convert("RGB") for _ in range(2))
+    both = replace(result, images=(small, large), places=result.places * 2)
+    data = payload(both)
+    assert len(data["images"]) == len(data["places"]) == 2
+    one = payload(replace(both, images=(small,), places=result.places))
+    together, alone = (
+        sum(len(image["source"]) for image in seen["images"]) for seen in (data, one)
+    )
+    assert together < 1.2 * alone
+    assert both.to_html().count('class="overlay"') == 2
 
 
 def test_an_empty_answer_makes_a_page(result):

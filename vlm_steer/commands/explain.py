@@ -1,6 +1,7 @@
 """``vlm-steer explain``: an answer taken apart. Nothing heavy is imported here."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,8 +17,6 @@ from vlm_steer.commands.options import (
 from vlm_steer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from vlm_steer.explanation import ExplainResult
 
 __all__ = ["register"]
@@ -36,8 +35,8 @@ def register(app: typer.Typer) -> None:
 @spelled_out()
 def explain(
     loading: Loading,
-    image: Annotated[Path, typer.Argument(help="An image file.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask about the image.")],
+    images: Annotated[list[Path], typer.Argument(help="An image file, or several for one prompt.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask about them.")],
     model: Annotated[
         str,
         typer.Option(
@@ -88,7 +87,7 @@ def explain(
     from vlm_steer.images import open_image
 
     methods = apply_overrides(resolve(method), overrides or [])
-    picture = open_image(image)
+    pictures = [open_image(image) for image in images]
     _check_files(html, output)
     if model == "tiny":
         typer.echo("The embedded model 'tiny' answers; --model gives another.", err=True)
@@ -100,26 +99,26 @@ def explain(
     loaded, processor = loading.load(model)
     decoding = Decoding(max_new_tokens, num_beams, temperature, seed)
 
-    def work(pictures: Sequence["Image.Image"]) -> list["ExplainResult"]:
+    def work(prompts: Sequence[str]) -> list["ExplainResult"]:
         return [
             run(
                 loaded,
                 processor,
-                picture,
-                prompt,
+                pictures,
+                asked,
                 methods=methods or None,
                 detectors=tuple(detector or ["logprob"]),
                 checks=check or checks,
                 check_share=check_share,
                 seed=seed,
-                provenance={"weights": model, "file": image.name},
+                provenance={"weights": model, "files": [image.name for image in images]},
                 **decoding.options(),
             )
-            for picture in pictures
+            for asked in prompts
         ]
 
     # A single item cannot be halved; this only words the error when memory runs out.
-    ((result,), _) = halving(work, [picture], 1, lambda _: None)
+    ((result,), _) = halving(work, [prompt], 1, lambda _: None)
     if html is not None:
         result.to_html(html)
     if output is not None:
@@ -158,10 +157,10 @@ def _summary(result: "ExplainResult") -> dict[str, Any]:
 
 
 def _check(result: "ExplainResult", number: int) -> dict[str, Any] | None:
-    from dataclasses import asdict
+    from vlm_steer.explanation.payload import check_payload
 
     check = result.arm.checks.get(number)
-    return None if check is None else asdict(check)
+    return None if check is None else check_payload(check)
 
 
 def _show(result: "ExplainResult", html: Path | None) -> None:
@@ -191,4 +190,10 @@ def _row(result: "ExplainResult", number: int, risks: Sequence[float]) -> tuple[
     check = arm.checks.get(number)
     cut = ("", "") if check is None else (check.without_cells, check.without_others)
     numbers = (risks[number], arm.position[number], logprob, *cut)
-    return (word.text, *(v if isinstance(v, str) else f"{v:.3g}" for v in numbers))
+    return (word.text, *map(_shown, numbers))
+
+
+def _shown(value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    return "ruled out" if value == -math.inf else f"{value:.3g}"

@@ -28,6 +28,9 @@ LogprobsWithout = Callable[[Sequence[int], int], Tensor]
 class Check:
     """What becomes of a word's log-probability when image tokens are cut off from all others.
 
+    Minus infinity means that the word is ruled out: a method with a plausibility mask leaves it no
+    probability there.
+
     Attributes:
         cells: Numbers of the image tokens that the word attended to most, sinks left out.
         logprob: Log-probability of the word as it was generated, summed over its tokens.
@@ -44,7 +47,10 @@ class Check:
 
     @property
     def effect(self) -> float:
-        """How much more the word lost with its own cells than with others, in nats."""
+        """How much more the word lost with its own cells than with others, in nats.
+
+        Infinite where only one of the two rules it out; NaN where both do, which compares nothing.
+        """
         return self.without_others - self.without_cells
 
 

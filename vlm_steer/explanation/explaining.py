@@ -3,7 +3,7 @@
 import hashlib
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -19,7 +19,7 @@ from vlm_steer.detection.store import FittedDetector
 from vlm_steer.detection.trace import Trace
 from vlm_steer.engine.geometry import Places, place_tokens
 from vlm_steer.engine.hooks import Method
-from vlm_steer.engine.model import inspect_model
+from vlm_steer.engine.model import ModelInfo, inspect_model
 from vlm_steer.engine.selectors import Selector
 from vlm_steer.errors import ConfigError, SteerWarning, UnsupportedModelError
 from vlm_steer.explanation.checks import LogprobsWithout, check_words, dictated, read_again
@@ -38,6 +38,7 @@ from vlm_steer.images import open_image
 __all__ = ["explain"]
 
 Checks: TypeAlias = int | Literal["all"] | Sequence[str]
+Picture: TypeAlias = Image.Image | str | os.PathLike[str]
 
 _SHORT = 3
 
@@ -45,7 +46,7 @@ _SHORT = 3
 def explain(
     model: Any,
     processor: Any,
-    image: Image.Image | str | os.PathLike[str],
+    image: Picture | Sequence[Picture],
     prompt: str,
     *,
     methods: Any = None,
@@ -66,7 +67,7 @@ def explain(
     Args:
         model: A transformers vision-language model, or a PEFT model around one.
         processor: Its processor.
-        image: A picture, or its file.
+        image: A picture, or its file; or several, which the prompt then begins with, in order.
         prompt: The question; put into the chat template of the processor.
         methods: What to steer with, see ``vlm_steer.steer``; the unsteered answer comes along.
         detectors: Which risks to compute for every word: names, folders of fitted detectors, or
@@ -85,8 +86,8 @@ def explain(
         The explanation; ``to_html(path)`` writes it as a page.
 
     Raises:
-        ConfigError: An option is wrong, a detector was made for another model or has to be fitted
-            first, or the processor puts no image into the prompt.
+        ConfigError: An option is wrong, a detector was made for another model, has to be fitted
+            first or looks at a single image, or the processor puts no image into the prompt.
         DataError: The image cannot be opened.
         UnsupportedModelError: The model cannot be steered or traced.
 
@@ -103,16 +104,15 @@ def explain(
 
     steered = resolve(methods)
     _check_options(checks, check_share, options)
-    picture = image if isinstance(image, Image.Image) else open_image(image)
-    picture = picture.convert("RGB")
+    pictures = _opened(image)
     info = inspect_model(model)
     fitted = load_detectors(detectors, model, processor)
-    whole = render_prompt(processor, prompt)
-    prepare = partial(_prepared, processor, whole)
-    inputs = prepare(picture).to(model.device, dtype=model.dtype)
-    places, why = _places(info, prepare, picture)
+    _check_single(fitted, pictures)
+    whole = render_prompt(processor, prompt, n_images=len(pictures))
+    inputs = encode(processor, [whole], [pictures]).to(model.device, dtype=model.dtype)
+    places, why = _places(info, partial(_with_picture, processor, whole, pictures), pictures)
     options = {"do_sample": False, "num_beams": 1, **options}
-    evidence = Evidence(picture, whole)
+    evidence = Evidence(pictures[0], whole, prompt, model, processor)
     arms = []
     for chosen in ((), steered) if steered else ((),):
         torch.manual_seed(seed)
@@ -139,7 +139,7 @@ def explain(
         arms.append(arm)
     _warn_of_absent(checks, arms)
     return ExplainResult(
-        image=picture,
+        images=pictures,
         prompt=prompt,
         arms=tuple(arms),
         places=places,
@@ -156,13 +156,33 @@ def explain(
             "generation": {name: repr(value) for name, value in options.items()},
             "seed": seed,
             "detectors": {name: _described(detector) for name, detector in fitted.items()},
-            "picture": f"{picture.width} x {picture.height}, pixels {_digest(picture)} (SHA-256)",
+            "pictures": [
+                f"{picture.width} x {picture.height}, pixels {_digest(picture)} (SHA-256)"
+                for picture in pictures
+            ],
             "vlm_steer": __version__,
             "transformers": transformers.__version__,
             "torch": torch.__version__,
             **(provenance or {}),
         },
     )
+
+
+def _opened(image: Picture | Sequence[Picture]) -> tuple[Image.Image, ...]:
+    given = [image] if isinstance(image, Image.Image | str | os.PathLike) else list(image)
+    if not given:
+        raise ConfigError("no picture was given; an explanation is about one or more.")
+    opened = (one if isinstance(one, Image.Image) else open_image(one) for one in given)
+    return tuple(one.convert("RGB") for one in opened)
+
+
+def _check_single(detectors: Mapping[str, FittedDetector], pictures: Sequence[Image.Image]) -> None:
+    looking = [name for name, fitted in detectors.items() if fitted.detector.needs_evidence]
+    if len(pictures) > 1 and looking:
+        raise ConfigError(
+            f"{', '.join(looking)} looks at a single picture, and {len(pictures)} were given. "
+            "Leave the detector out, or give one picture."
+        )
 
 
 def _check_options(checks: Checks, share: float, options: Mapping[str, Any]) -> None:
@@ -189,24 +209,33 @@ def _warn_of_absent(checks: Checks, arms: Sequence[Arm]) -> None:
         )
 
 
-def _prepared(processor: Any, prompt: str, picture: Image.Image) -> Any:
-    return encode(processor, [prompt], [picture])
+def _with_picture(
+    processor: Any, prompt: str, pictures: Sequence[Image.Image], number: int, picture: Image.Image
+) -> Any:
+    """What the model is given when one of the pictures is another one, and the rest are white."""
+    shown = [Image.new("RGB", other.size, "white") for other in pictures]
+    shown[number] = picture
+    return encode(processor, [prompt], [shown])
 
 
-def _places(info: Any, prepare: Any, picture: Image.Image) -> tuple[Places | None, str]:
+def _places(
+    info: ModelInfo, prepare: Callable[[int, Image.Image], Any], pictures: Sequence[Image.Image]
+) -> tuple[tuple[Places, ...] | None, str]:
     try:
-        return place_tokens(info, prepare, picture.size), ""
+        found = [
+            place_tokens(info, partial(prepare, number), picture.size, image=number)
+            for number, picture in enumerate(pictures)
+        ]
     except UnsupportedModelError as error:
         return None, str(error)
+    return tuple(found), ""
 
 
-def _fitting(places: Places, count: int) -> tuple[Places | None, str]:
-    if len(places.boxes) == count:
+def _fitting(places: tuple[Places, ...], count: int) -> tuple[tuple[Places, ...] | None, str]:
+    placed = len(places[0].boxes)
+    if placed == count:
         return places, ""
-    return None, (
-        f"the model attended to {count} image tokens, but {len(places.boxes)} were placed in the "
-        "picture."
-    )
+    return None, f"the model attended to {count} image tokens, but {placed} were placed."
 
 
 def _trace(

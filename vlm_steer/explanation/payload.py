@@ -16,9 +16,9 @@ from vlm_steer.explanation.checks import Check
 from vlm_steer.explanation.result import Arm, ExplainResult
 from vlm_steer.explanation.words import Word, differing
 
-__all__ = ["SCHEMA", "payload"]
+__all__ = ["SCHEMA", "check_payload", "payload"]
 
-SCHEMA = "vlm_steer.explain/1"
+SCHEMA = "vlm_steer.explain/2"
 
 _PLANS = ((6, 3), (6, 0), (4, 0), (3, 0), (2, 0), (1, 0))
 """Bands of layers and single heads to keep maps of, best first."""
@@ -32,15 +32,16 @@ def payload(result: ExplainResult) -> dict[str, Any]:
     """Everything about an explanation, JSON-ready.
 
     Maps are one byte per image token, in units of 1/255 of the largest value of the map (``tops``)
-    with sinks left out; attention to sinks is kept beside them as little-endian float32.
+    with sinks left out; attention to sinks is kept beside them as little-endian float32. A
+    log-probability of ``None`` is minus infinity: the word is ruled out.
     """
     notes: list[str] = []
     budget = _budget(result, notes)
     return {
         "schema": SCHEMA,
         "prompt": result.prompt,
-        "image": _picture(result.image),
-        "places": None if result.places is None else _boxes(result.places),
+        "images": _pictures(result.images),
+        "places": None if result.places is None else [_boxes(one) for one in result.places],
         "why_no_map": result.why_no_map,
         "thresholds": dict(result.thresholds),
         "arms": [
@@ -65,7 +66,7 @@ def _budget(result: ExplainResult, notes: list[str]) -> _Budget | None:
         return None
     words = max((len(arm.words) for arm in result.arms), default=0)
     depth = len(result.arm.trace.map_layers)
-    per_map = len(result.places.boxes) * len(result.arms)
+    per_map = len(result.places[0].boxes) * len(result.arms)
     for most, heads in _PLANS:
         bands = min(most, depth)
         maps = heads + (bands + 1 if bands > 1 else 1)
@@ -89,8 +90,10 @@ def _arm(arm: Arm, others: Sequence[Word], budget: _Budget | None) -> dict[str, 
         "name": arm.name,
         "text": trace.text,
         "tokens": [
-            {"start": start, "end": end, "logprob": round(logprob, 4)}
-            for (start, end), logprob in zip(trace.spans, trace.logprob.tolist(), strict=True)
+            {"start": start, "end": end, "logprob": logprob}
+            for (start, end), logprob in zip(
+                trace.spans, _finite(trace.logprob.tolist()), strict=True
+            )
         ],
         "blocks": list(trace.layout.blocks),
         "masses": _rounded(trace.masses.mean(dim=(1, 2))),
@@ -99,7 +102,7 @@ def _arm(arm: Arm, others: Sequence[Word], budget: _Budget | None) -> dict[str, 
                 "start": word.span[0],
                 "end": word.span[1],
                 "tokens": list(word.tokens),
-                "logprob": round(float(trace.logprob[slice(*word.tokens)].sum()), 4),
+                "logprob": _finite([float(trace.logprob[slice(*word.tokens)].sum())])[0],
                 "differs": differs,
             }
             for word, differs in zip(arm.words, differing(arm.words, others), strict=True)
@@ -109,7 +112,7 @@ def _arm(arm: Arm, others: Sequence[Word], budget: _Budget | None) -> dict[str, 
         "layers": list(trace.layers),
         "n_heads": trace.masses.shape[2],
         "heads": _bytes(heads.flatten(1) if arm.words else heads[None]),
-        "checks": {str(number): _check(check) for number, check in arm.checks.items()},
+        "checks": {str(number): check_payload(check) for number, check in arm.checks.items()},
     }
     return data | {"maps": None if budget is None else _maps(arm, budget)}
 
@@ -163,10 +166,11 @@ def _bytes(rows: Tensor) -> dict[str, Any]:
     }
 
 
-def _check(check: Check) -> dict[str, Any]:
+def check_payload(check: Check) -> dict[str, Any]:
+    """A check as plain data."""
     names = ("logprob", "without_cells", "without_others", "without_image")
     return {"cells": list(check.cells)} | {
-        name: round(max(getattr(check, name), -1e6), 4) for name in names
+        name: _finite([getattr(check, name)])[0] for name in names
     }
 
 
@@ -186,10 +190,15 @@ def _boxes(places: Places) -> list[list[float] | None]:
     ]
 
 
-def _picture(image: Image.Image) -> dict[str, Any]:
-    """The picture, scaled down where it is large; ``width`` and ``height`` are the original's."""
+def _pictures(images: Sequence[Image.Image]) -> list[dict[str, Any]]:
+    """The pictures, the smaller the more there are; ``width`` and ``height`` are the originals'."""
+    side = round(_PICTURE_SIDE / len(images) ** 0.5)
+    return [_picture(image, side) for image in images]
+
+
+def _picture(image: Image.Image, side: int) -> dict[str, Any]:
     small = image.convert("RGB")
-    small.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
+    small.thumbnail((side, side))
     buffer = io.BytesIO()
     small.save(buffer, format="JPEG", quality=85, optimize=True)
     source = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

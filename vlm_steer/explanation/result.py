@@ -121,20 +121,20 @@ class ExplainResult:
     """An answer taken apart, beside that of the unsteered model where there was steering.
 
     Attributes:
-        image: The picture.
+        images: The pictures, in the order of the prompt.
         prompt: The question.
         arms: The unsteered model's answer, then the steered one's if there was steering.
-        places: Where the image tokens lie in the picture, or ``None``.
+        places: By picture, where the image tokens lie in it; or ``None``.
         why_no_map: Why there are no heat maps; empty when there are.
         thresholds: By detector, the risk from which it calls a word hallucinated, where it was
             fitted with one.
         provenance: What made this, as plain data.
     """
 
-    image: Image.Image
+    images: tuple[Image.Image, ...]
     prompt: str
     arms: tuple[Arm, ...]
-    places: Places | None
+    places: tuple[Places, ...] | None
     why_no_map: str
     thresholds: Mapping[str, float]
     provenance: Mapping[str, Any]
@@ -199,8 +199,9 @@ class ExplainResult:
         layers: Selector = "all",
         heads: Heads = "all",
         sinks: bool = False,
+        image: int = 0,
     ) -> NDArray[np.float32]:
-        """Where a word of the answer looked, in the pixels of the picture.
+        """Where a word of the answer looked, in the pixels of a picture.
 
         Attention is evidence of access, not proof of cause; ``arm.checks`` asks about the cause.
 
@@ -210,13 +211,14 @@ class ExplainResult:
             layers: Decoder layers to average over.
             heads: Heads to average over.
             sinks: Show attention to sinks too, image tokens with massive activations.
+            image: Which of the pictures.
 
         Returns:
             ``[height, width]``; the sum is the attention mass on the parts of the picture that
             the model was shown.
 
         Raises:
-            ConfigError: There is no such word, token, layer or head.
+            ConfigError: There is no such word, token, layer, head or picture.
             UnsupportedModelError: The image tokens of the model have no places.
         """
         if (word is None) == (token is None):
@@ -224,8 +226,10 @@ class ExplainResult:
         tokens = self._token(int(token or 0)) if word is None else self.find(word).tokens
         if self.places is None:
             raise UnsupportedModelError(self.why_no_map)
+        if not 0 <= image < len(self.images):
+            raise ConfigError(f"picture {image} does not exist; there are {len(self.images)}.")
         weights = self.arm.attention(tokens, layers=layers, heads=heads, sinks=sinks)
-        heat: NDArray[np.float32] = self.places.spread(weights).numpy()
+        heat: NDArray[np.float32] = self.places[image].spread(weights).numpy()
         return heat
 
     def _token(self, token: int) -> Span:
@@ -264,7 +268,7 @@ class ExplainResult:
         )
 
     def to_json(self) -> str:
-        """Everything that the page shows, the picture and the maps included; see its ``schema``."""
+        """Everything that the page shows, pictures and maps included; see its ``schema``."""
         from vlm_steer.explanation.payload import payload
 
         return json.dumps(payload(self), ensure_ascii=False, allow_nan=False)

@@ -225,7 +225,7 @@ class _ArmRun:
             history.insert(0, (by_id[earlier].prompt, record["text"]))
             earlier = by_id[earlier].after
         processor = self._generator.processor
-        return render_prompt(processor, item.prompt, history, has_image=item.has_image)
+        return render_prompt(processor, item.prompt, history, n_images=int(item.has_image))
 
     def _read_the_others(self) -> None:
         """Wait for the other processes, and read what they have logged."""

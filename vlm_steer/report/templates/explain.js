@@ -10,6 +10,8 @@
   };
   const bytes = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
   const percent = (share) => (100 * share).toFixed(1) + " %";
+  // No number is minus infinity: the word has no probability left.
+  const log = (value, digits = 2) => (value === null ? "ruled out" : value.toFixed(digits));
   const PALETTES = {
     viridis: ["440154", "482878", "3e4989", "31688e", "26828e", "1f9e89", "35b779", "6ece58", "b5de2b", "fde725"],
     cividis: ["00224e", "123570", "3b496c", "575d6d", "707173", "8a8678", "a59c74", "c3b369", "e1cc55", "fee838"],
@@ -25,10 +27,11 @@
   });
   const heads = page.arms.map((arm) => bytes(arm.heads.data));
   const means = new Map();
+  const cells = page.places ? page.places[0].length : 0;
 
   function mapOf(a, word, band, withSinks) {
     const map = maps[a];
-    const n = page.places.length;
+    const n = cells;
     const row = word * map.bands.length + band;
     const values = new Float32Array(n);
     for (let i = 0; i < n; i++) values[i] = (map.values[row * n + i] / 255) * map.tops[row];
@@ -39,22 +42,36 @@
   function meanOf(a, band, withSinks) {
     const key = [a, band, withSinks].join();
     if (!means.has(key)) {
-      const mean = new Float32Array(page.places.length);
+      const mean = new Float32Array(cells);
       for (let w = 0; w < maps[a].n_words; w++) mapOf(a, w, band, withSinks).forEach((v, i) => { mean[i] += v / maps[a].n_words; });
       means.set(key, mean);
     }
     return means.get(key);
   }
 
-  // The values of one map per pixel of a small canvas; boxes that overlap add up.
-  function spread(values, width, height) {
+  // One canvas per picture.
+  const views = page.images.map((image, k) => {
+    const canvas = $(`overlay-${k}`);
+    if (!canvas) return null;
+    const scale = Math.min(1, 512 / Math.max(image.width, image.height));
+    canvas.width = Math.max(1, Math.round(image.width * scale));
+    canvas.height = Math.max(1, Math.round(image.height * scale));
+    const own = { canvas, number: k, places: page.places[k], across: canvas.width / image.width, down: canvas.height / image.height };
+    own.unseen = spread(own, new Float32Array(cells).fill(1)).map((v) => (v > 0 ? 0 : 1));
+    return own;
+  }).filter(Boolean);
+  const nameOf = (own) => (views.length > 1 ? ` in picture ${own.number + 1}` : "");
+
+  // The values of one map per pixel of a canvas; boxes that overlap add up.
+  function spread({ canvas, places, across, down }, values) {
+    const { width, height } = canvas;
     const sum = new Float32Array(width * height);
-    const across = width / page.image.width, down = height / page.image.height;
-    page.places.forEach((box, i) => {
+    places.forEach((box, i) => {
       if (!box || values[i] <= 0) return;
       const [x0, x1] = [Math.floor(box[0] * across + 0.5), Math.floor(box[2] * across + 0.5)];
       const [y0, y1] = [Math.floor(box[1] * down + 0.5), Math.floor(box[3] * down + 0.5)];
-      const density = values[i] / ((box[2] - box[0]) * (box[3] - box[1]));
+      // Per share of the picture, so that pictures of any size compare.
+      const density = (values[i] * width * height) / ((box[2] - box[0]) * across * (box[3] - box[1]) * down);
       for (let y = y0; y < Math.max(y1, y0 + 1) && y < height; y++)
         for (let x = x0; x < Math.max(x1, x0 + 1) && x < width; x++) sum[y * width + x] += density;
     });
@@ -69,37 +86,31 @@
     return [0, 1, 2].map((k) => Math.round(part(stops[low], k) + (at - low) * (part(stops[low + 1], k) - part(stops[low], k))));
   }
 
-  const canvas = $("overlay");
-  let unseen = null;
-  if (canvas) {
-    const scale = Math.min(1, 512 / Math.max(page.image.width, page.image.height));
-    canvas.width = Math.max(1, Math.round(page.image.width * scale));
-    canvas.height = Math.max(1, Math.round(page.image.height * scale));
-    unseen = spread(new Float32Array(page.places.length).fill(1), canvas.width, canvas.height).map((v) => (v > 0 ? 0 : 1));
+  function shownValues() {
+    const band = Number($("band").value), withSinks = $("sinks").checked;
+    const values = mapOf(view.arm, view.word, band, withSinks);
+    if ($("mode").value === "plain") return values;
+    const mean = meanOf(view.arm, band, withSinks);
+    return values.map((v, i) => Math.max(0, v - mean[i]));
   }
 
-  function drawOverlay() {
-    if (!canvas) return;
+  function drawOverlays() {
+    if (!views.length) return;
+    const hasMap = view.word >= 0 && view.word < maps[view.arm].n_words;
+    const values = hasMap ? shownValues() : new Float32Array(cells);
+    const sums = views.map((own) => spread(own, values));
+    const top = sums.reduce((a, sum) => sum.reduce((b, c) => Math.max(b, c), a), 0);
+    const most = values.reduce((a, b) => Math.max(a, b), 0);
+    if (hasMap) $("scale-top").textContent = `most: ${percent(most)} on one image token`;
+    views.forEach((own, k) => drawOverlay(own, sums[k], top, hasMap, hasMap ? values.indexOf(most) : -1));
+  }
+
+  function drawOverlay(own, sum, top, hasMap, strongest) {
+    const { canvas, places, unseen, across, down } = own;
     const { width, height } = canvas;
+    const image = page.images[own.number];
     const pen = canvas.getContext("2d");
     const picture = pen.createImageData(width, height);
-    const hasMap = view.word >= 0 && view.word < maps[view.arm].n_words;
-    let sum = new Float32Array(width * height), top = 0;
-    if (hasMap) {
-      const band = Number($("band").value), withSinks = $("sinks").checked;
-      let values = mapOf(view.arm, view.word, band, withSinks);
-      if ($("mode").value === "relative") {
-        const mean = meanOf(view.arm, band, withSinks);
-        values = values.map((v, i) => Math.max(0, v - mean[i]));
-      }
-      sum = spread(values, width, height);
-      top = sum.reduce((a, b) => Math.max(a, b), 0);
-      const strongest = values.indexOf(values.reduce((a, b) => Math.max(a, b), 0));
-      const box = page.places[strongest];
-      canvas.setAttribute("aria-label", `Heat map of attention for the word ${wordText(view.arm, view.word)}` +
-        (box ? `, strongest around ${percent((box[0] + box[2]) / 2 / page.image.width)} from the left and ${percent((box[1] + box[3]) / 2 / page.image.height)} from the top` : ""));
-      $("scale-top").textContent = `most: ${percent(values.reduce((a, b) => Math.max(a, b), 0))} on one image token`;
-    }
     const opacity = Number($("opacity").value);
     for (let i = 0; i < sum.length; i++) {
       const share = top > 0 ? sum[i] / top : 0;
@@ -112,19 +123,21 @@
     if (check && hasMap) {
       pen.strokeStyle = "#fff";
       pen.lineWidth = 1.5;
-      check.cells.map((cell) => page.places[cell]).filter(Boolean).forEach(([x0, y0, x1, y1]) => {
-        const across = width / page.image.width, down = height / page.image.height;
+      check.cells.map((cell) => places[cell]).filter(Boolean).forEach(([x0, y0, x1, y1]) => {
         pen.strokeRect(x0 * across, y0 * down, (x1 - x0) * across, (y1 - y0) * down);
       });
     }
-    if (view.spot) {
+    if (view.spot && view.spot.picture === own.number) {
       pen.strokeStyle = "#fff";
       pen.lineWidth = 2;
       pen.beginPath();
-      pen.arc(view.spot[0] * width, view.spot[1] * height, 6, 0, 7);
+      pen.arc(view.spot.x * width, view.spot.y * height, 6, 0, 7);
       pen.stroke();
     }
     canvas.dataset.word = hasMap ? `${view.arm}:${view.word}` : "";
+    const box = strongest >= 0 && places[strongest];
+    if (hasMap) canvas.setAttribute("aria-label", `Heat map of attention${nameOf(own)} for the word ${wordText(view.arm, view.word)}` +
+      (box ? `, strongest around ${percent((box[0] + box[2]) / 2 / image.width)} from the left and ${percent((box[1] + box[3]) / 2 / image.height)} from the top` : ""));
   }
 
   function drawScale() {
@@ -211,7 +224,7 @@
       button.setAttribute("aria-pressed", String(isActive && view.locked));
       button.tabIndex = isActive ? 0 : -1;
     });
-    drawOverlay();
+    drawOverlays();
     drawHeads();
     drawTimeline();
     tell();
@@ -256,6 +269,14 @@
     $("flagged").textContent = `${flagged} of ${count} words`;
   }
 
+  function verdict(check) {
+    if (check.without_cells === null && check.without_others === null) return "Ruled out with either of them cut off, which compares nothing.";
+    if (check.without_cells === null) return "Looking there mattered: without it the word is ruled out.";
+    const effect = check.without_others === null ? 0 : check.without_others - check.without_cells;
+    return effect > 0.1 ? `Looking there mattered: ${effect.toFixed(2)} nats more are lost than with other tokens.`
+      : "Looking there made no difference beyond that of other tokens.";
+  }
+
   // What is known about the word.
   function tell() {
     const arm = page.arms[view.arm], word = arm.words[view.word];
@@ -267,18 +288,16 @@
       line.append(head, make("td", value));
       body.append(line);
     };
-    row("probability", `${percent(Math.exp(word.logprob))} (log ${word.logprob.toFixed(3)})`);
+    row("probability", word.logprob === null ? "0 %, ruled out" : `${percent(Math.exp(word.logprob))} (log ${log(word.logprob, 3)})`);
     Object.entries(arm.risk).forEach(([name, values]) => row(`risk: ${name}`, values[view.word] === null ? "–" : values[view.word].toFixed(3)));
     row("risk by place alone", `${arm.position[view.word]} words before it`);
     const masses = arm.masses.slice(...word.tokens);
     row("attention", arm.blocks.map((block, k) => `${block} ${percent(masses.reduce((sum, m) => sum + m[k], 0) / masses.length)}`).join(" · "));
     const check = arm.checks[view.word];
     if (check) {
-      row("knockout check", `log-probability ${check.logprob.toFixed(2)}; without the ${check.cells.length} image tokens it looked at most ${check.without_cells.toFixed(2)}; ` +
-        `without ${check.cells.length} others at random ${check.without_others.toFixed(2)}; without the image ${check.without_image.toFixed(2)}`);
-      const effect = check.without_others - check.without_cells;
-      row("", effect > 0.1 ? `Looking there mattered: ${effect.toFixed(2)} nats more are lost than with other tokens.`
-        : "Looking there made no difference beyond that of other tokens.");
+      row("knockout check", `log-probability ${log(check.logprob)}; without the ${check.cells.length} image tokens it looked at most ${log(check.without_cells)}; ` +
+        `without ${check.cells.length} others at random ${log(check.without_others)}; without the image ${log(check.without_image)}`);
+      row("", verdict(check));
     } else row("knockout check", "not made for this word");
     table.append(body);
     $("word-facts").replaceChildren(table);
@@ -347,19 +366,20 @@
     }));
   }
 
-  // The other way round: which words looked at a point of the picture.
+  // The other way round: which words looked at a point of a picture.
   function markLookers() {
     page.arms.forEach((arm, a) => {
       const seen = arm.words.map((_, w) => {
         if (!view.spot || w >= maps[a].n_words) return 0;
         const values = mapOf(a, w, Number($("band").value), $("sinks").checked);
-        const [x, y] = [view.spot[0] * page.image.width, view.spot[1] * page.image.height];
-        return page.places.reduce((sum, box, i) => sum + (box && box[0] <= x && x < box[2] && box[1] <= y && y < box[3] ? values[i] : 0), 0);
+        const { width, height } = page.images[view.spot.picture];
+        const [x, y] = [view.spot.x * width, view.spot.y * height];
+        return page.places[view.spot.picture].reduce((sum, box, i) => sum + (box && box[0] <= x && x < box[2] && box[1] <= y && y < box[3] ? values[i] : 0), 0);
       });
       const limit = [...seen].sort((p, q) => q - p)[Math.min(4, seen.length - 1)];
       seen.forEach((v, w) => buttons[a][w].classList.toggle("looks", v > 0 && v >= limit));
     });
-    drawOverlay();
+    drawOverlays();
   }
 
   buildArms();
@@ -367,18 +387,18 @@
   $("detector").addEventListener("change", setDetector);
   $("threshold").addEventListener("input", colourText);
   setDetector();
-  if (canvas) {
+  if (views.length) {
     maps[view.arm].bands.forEach((name, k) => { const option = make("option", name); option.value = k; $("band").append(option); });
     const count = new Set(maps.flatMap((map) => map.sinks)).size;
     $("sinks-label").textContent = count ? `show sinks (${count} image tokens hidden)` : "show sinks (this model has none on the image)";
     $("sinks").disabled = count === 0;
-    ["band", "mode", "opacity", "sinks", "palette"].forEach((id) => $(id).addEventListener("input", () => { drawScale(); drawOverlay(); drawHeads(); }));
-    canvas.addEventListener("click", (event) => {
-      view.spot = [event.offsetX / canvas.clientWidth, event.offsetY / canvas.clientHeight];
+    ["band", "mode", "opacity", "sinks", "palette"].forEach((id) => $(id).addEventListener("input", () => { drawScale(); drawOverlays(); drawHeads(); }));
+    views.forEach(({ canvas, number }) => canvas.addEventListener("click", (event) => {
+      view.spot = { picture: number, x: event.offsetX / canvas.clientWidth, y: event.offsetY / canvas.clientHeight };
       markLookers();
-    });
+    }));
     drawScale();
-    drawOverlay();
+    drawOverlays();
   }
   drawTimeline();
   window.addEventListener("resize", () => { drawHeads(); drawTimeline(); });
