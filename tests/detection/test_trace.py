@@ -39,7 +39,10 @@ def test_attention_features_are_those_of_eager_attention(traces, eager):
         ]
         assert trace.layout.blocks == ("system", "image_0", "instruction", "cue", "generated")
         assert_equal(trace.masses, torch.stack(expected, dim=-1))
-        assert_equal(trace.maps, weights[..., is_image])
+        seen = weights[..., is_image]
+        assert trace.maps.dtype == torch.float16
+        lost = (trace.maps.float() - seen).abs() - 1e-5
+        assert (lost <= seen / 2048 + 6e-8).all()
         share = weights[..., is_image] / weights[..., is_image].sum(-1, keepdim=True)
         entropy = -(share * share.log()).sum(-1) / torch.tensor(64.0).log()
         assert_equal(trace.image_entropy, entropy)
@@ -95,8 +98,9 @@ def test_a_trace_made_while_generating_is_that_of_one_pass_over_the_text(tiny, i
         assert a.text == b.text
         assert a.spans == b.spans
         assert a.sinks.equal(b.sinks)
-        for name in ("logprob", "entropy", "margin", "masses", "maps", "sink_mass"):
+        for name in ("logprob", "entropy", "margin", "masses", "sink_mass"):
             assert_equal(getattr(a, name), getattr(b, name), 2e-5)
+        assert_equal(a.maps, b.maps, 5e-4)
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "gemma3", "mllama", "instructblip"])

@@ -75,7 +75,10 @@ class Masses(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Maps(Method):
-    """Attention to every image token."""
+    """Attention to every image token, in half precision: there is a map per token, layer and head.
+
+    What float16 cannot tell apart, a relative 1/2048 and below 6e-8, no picture shows.
+    """
 
     name: ClassVar[str] = "trace_maps"
     rows: ClassVar[Rows] = "last"
@@ -86,12 +89,12 @@ class Maps(Method):
     def observe(self, weights: Tensor, at: At) -> Tensor:
         """``[batch, heads, rows, key]`` -> ``[batch, rows, heads, image_tokens]``."""
         if at.columns.axis == "cross":
-            return weights.transpose(1, 2)
+            return weights.transpose(1, 2).half()
         number = at.once("image", lambda: _numbered(at.prompt.is_image))
         width = at.once("width", lambda: torch.zeros(int(number.max()) + 1, device=number.device))
         maps = weights.new_zeros(*weights.shape[:3], width.shape[0])
         index = at.on_keys(number)[:, None, None].expand_as(weights)
-        return maps.scatter_add(-1, index, weights)[..., 1:].transpose(1, 2)
+        return maps.scatter_add(-1, index, weights)[..., 1:].transpose(1, 2).half()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -252,7 +252,7 @@ class _Seen:
 
 def _of_row(maps: Tensor, n_image: int) -> Tensor:
     """Maps without the columns of longer rows; cross-attention has columns of its own."""
-    return (maps[..., :n_image] if n_image else maps).float().cpu()
+    return (maps[..., :n_image] if n_image else maps).half().cpu()
 
 
 def _extras(extra: Mapping[str, Any], n: int, layers: tuple[int, ...]) -> dict[str, Tensor]:

@@ -91,7 +91,7 @@ class Trace:
         sink_mass: ``[T, layers, heads]`` attention mass on the first token of the prompt and on
             tokens with massive activations.
         map_layers: Decoder layers of ``maps``.
-        maps: ``[T, map_layers, heads, image_tokens]`` attention to each image token of
+        maps: ``[T, map_layers, heads, image_tokens]`` float16 attention to each image token of
             ``layout.image_columns``; ``None`` unless asked for.
         sinks: ``[layers, prompt]`` bool, the columns that ``sink_mass`` sums over.
         received: ``[layers, heads, n]`` attention that each token of the sequence received, summed
