@@ -91,6 +91,30 @@ def test_the_overlay_is_brightest_where_the_heat_map_is(opened, result):
     )
 
 
+@pytest.mark.parametrize("beyond", ["mean", "position"])
+def test_attention_beyond_what_is_expected_is_that_of_the_heat_map(opened, result, beyond):
+    page = opened()
+    page.locator("#opacity").fill("1")
+    page.locator("#mode").select_option(beyond)
+    word(page, 9).hover()
+    x, y = page.evaluate(BRIGHTEST)
+    heat = result.heatmap(9, beyond=beyond)
+    column, row = int(x * heat.shape[1]), int(y * heat.shape[0])
+    near = heat[max(row - 2, 0) : row + 3, max(column - 2, 0) : column + 3]
+    assert near.max() == pytest.approx(heat.max(), rel=0.05)
+
+
+def test_the_layers_at_which_a_word_becomes_likely_are_shown(opened, result):
+    page = opened()
+    word(page, 5).hover()
+    cells = page.locator("#lens tr").nth(1).locator("td").all_inner_texts()
+    shown = [float(cell.removesuffix(" %")) for cell in cells]
+    assert shown == pytest.approx((100 * result.lens(5)).tolist(), abs=0.1)
+    assert result.words[5].text in page.locator("#lens-caption").inner_text()
+    page.locator(".scroll").focus()
+    assert page.evaluate("() => document.activeElement.className") == "scroll"
+
+
 def test_a_locked_word_stays_and_escape_lets_it_go(opened):
     page = opened()
     word(page, 4).click()
@@ -135,7 +159,7 @@ def test_checks_layers_colours_and_modes_are_shown(opened, result):
     word(page, number).hover()
     assert "others at random" in page.locator("#word-facts").inner_text()
     seen = {page.evaluate(OVERLAY)}
-    for control, choice in (("band", "2"), ("mode", "relative"), ("palette", "cividis")):
+    for control, choice in (("band", "2"), ("mode", "mean"), ("palette", "cividis")):
         page.locator(f"#{control}").select_option(choice)
         seen.add(page.evaluate(OVERLAY))
     assert len(seen) == 4

@@ -1,6 +1,7 @@
 """What ``vlm_steer.explain`` returns."""
 
 import math
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -9,9 +10,11 @@ import torch
 
 import vlm_steer
 from vlm_steer.detection import FittedDetector, build_detector, made_for, trace_generation
+from vlm_steer.engine.model import ModelInfo
 from vlm_steer.errors import ConfigError, DataError, UnsupportedModelError
 from vlm_steer.explanation import differing, split_words
 from vlm_steer.explanation.checks import Check, check_words, dictated, read_again
+from vlm_steer.explanation.excess import excess
 from vlm_steer.explanation.risk import load_detectors
 from vlm_steer.explanation.words import Word
 from vlm_steer.generation import encode, render_prompt
@@ -36,7 +39,7 @@ def test_a_heat_map_is_the_attention_of_the_word_in_pixels_of_the_picture(result
     word = result.words[3]
     heat = result.heatmap(3)
     assert heat.shape == (picture.height, picture.width)
-    mass = result.arm.trace.maps[slice(*word.tokens)].mean(dim=(0, 1, 2)).sum()
+    mass = result.arm.trace.maps[slice(*word.tokens)].float().mean(dim=(0, 1, 2)).sum()
     assert float(heat.sum()) == pytest.approx(float(mass), rel=1e-4)
     np.testing.assert_array_equal(result.heatmap(word), heat)
     first = word.tokens[0]
@@ -47,10 +50,96 @@ def test_a_heat_map_is_the_attention_of_the_word_in_pixels_of_the_picture(result
 
 def test_the_head_map_is_the_mass_on_the_image(result):
     word = result.words[2]
-    expected = result.arm.trace.maps[slice(*word.tokens)].sum(-1).mean(0)
-    np.testing.assert_allclose(result.head_map(word), expected, atol=1e-5)
+    expected = result.arm.trace.maps[slice(*word.tokens)].float().sum(-1).mean(0)
+    np.testing.assert_allclose(result.head_map(word), expected, atol=1e-3)
 
 
+def test_a_heat_map_beyond_the_place_leaves_out_what_a_line_predicts(result):
+    maps = torch.stack([result.arm.attention(word.tokens) for word in result.words])
+    places = np.arange(len(maps))
+    expected = np.stack([np.polyval(np.polyfit(places, cell, 1), 4) for cell in maps.numpy().T])
+    by_place = np.maximum(maps[4].numpy() - expected, 0)
+    np.testing.assert_allclose(excess(maps, 4, "position"), by_place, atol=1e-6)
+    heat = result.heatmap(4, beyond="position")
+    np.testing.assert_allclose(heat, result.places[0].spread(torch.tensor(by_place)), atol=1e-7)
+    np.testing.assert_allclose(excess(maps, 4, "mean"), (maps[4] - maps.mean(0)).clamp(min=0))
+    rising = torch.arange(5.0)[:, None] * torch.tensor([1.0, -2.0]) + 9
+    assert excess(rising, 3, "position").abs().max() < 1e-5
+    assert excess(rising, 3, "mean").tolist() == [1, 0]
+
+
+def test_what_lies_beyond_takes_three_words(result):
+    with pytest.raises(ConfigError, match="the answer has 2; 3 are the fewest"):
+        excess(torch.rand(2, 4), 0, "position")
+    with pytest.raises(ConfigError, match="compares words; give a word"):
+        result.heatmap(token=0, beyond="mean")
+
+
+def test_maps_are_kept_in_half_precision(result):
+    assert {arm.trace.maps.dtype for arm in result.arms} == {torch.float16}
+
+
+# -- layers -------------------------------------------------------------------------------------
+def test_layers_are_read_as_the_model_reads_its_last(tiny, picture, result):
+    model, processor = tiny
+    prompt = render_prompt(processor, result.prompt)
+    inputs = encode(processor, [prompt], [picture])
+    trace, lens = result.arms[0].trace, result.arms[0].lens
+    whole = {**inputs, "input_ids": torch.cat([inputs["input_ids"], trace.ids[None]], dim=1)}
+    whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+    with torch.no_grad():
+        hidden = model(**whole, output_hidden_states=True).hidden_states
+        states = torch.stack(hidden[1:-1])[:, 0, -trace.n_tokens - 1 : -1]
+        logits = model.lm_head(model.model.language_model.norm(states)).log_softmax(-1)
+    chosen = logits.gather(-1, trace.ids.expand(len(logits), -1)[..., None])[..., 0]
+    torch.testing.assert_close(lens.logprob[:, :-1], chosen.T, rtol=0, atol=1e-4)
+    torch.testing.assert_close(lens.logprob[:, -1], trace.logprob, rtol=0, atol=1e-4)
+    assert set(lens.names) == set(lens.best.flatten().tolist())
+
+
+def test_the_layers_of_a_steered_answer_are_those_under_the_steering(result):
+    plain, steered = (arm.lens for arm in result.arms)
+    n = min(len(plain.logprob), len(steered.logprob))
+    assert (plain.logprob[:n] - steered.logprob[:n]).abs().max() > 1e-2
+    torch.testing.assert_close(steered.logprob[:, -1], result.arm.trace.logprob, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(result.lens(2), steered.logprob[result.words[2].tokens[0]].exp())
+
+
+def test_layers_that_cannot_be_read_are_left_out_with_the_reason(tiny, picture, monkeypatch):
+    def refuse(self):
+        raise UnsupportedModelError("no output head")
+
+    monkeypatch.setattr(ModelInfo, "readout", property(refuse))
+    seen = vlm_steer.explain(*tiny, picture, "What is here?", checks=0, max_new_tokens=2)
+    assert "Layers were not read: no output head" in seen.to_html()
+    with pytest.raises(ConfigError, match="no output head"):
+        seen.lens(0)
+    unread = vlm_steer.explain(
+        *tiny, picture, "What is here?", checks=0, lens=False, max_new_tokens=2
+    )
+    assert "Layers were not read" not in unread.to_html()
+    with pytest.raises(ConfigError, match="give lens=True"):
+        unread.lens(0)
+
+
+# -- a table ------------------------------------------------------------------------------------
+def test_a_data_frame_has_a_row_per_word_of_every_answer(result):
+    frame = result.to_dataframe()
+    assert list(frame["arm"]) == [arm.name for arm in result.arms for _ in arm.words]
+    mine = frame[frame["arm"] == "pai"].reset_index()
+    assert tuple(mine["word"]) == tuple(word.text for word in result.words)
+    assert tuple(mine["risk_svar"]) == result.risk["svar"]
+    np.testing.assert_allclose(mine.filter(like="mass_").sum(axis=1), 1, atol=1e-4)
+    assert set(mine.index[mine["check_without_cells"].notna()]) == set(result.arm.checks)
+
+
+def test_a_data_frame_without_pandas_says_what_to_install(result, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ConfigError, match="pip install pandas"):
+        result.to_dataframe()
+
+
+# -- sinks --------------------------------------------------------------------------------------
 def test_attention_to_sinks_is_shown_only_when_asked_for(result):
     trace = result.arm.trace
     sinks = torch.zeros_like(trace.sinks)

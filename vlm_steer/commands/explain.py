@@ -74,6 +74,10 @@ def explain(
     check_share: Annotated[
         float, typer.Option("--check-share", help="Image tokens that a check cuts off, a fraction.")
     ] = 0.1,
+    lens: Annotated[
+        bool,
+        typer.Option("--lens/--no-lens", help="Read every word off every layer; takes longer."),
+    ] = True,
     num_beams: Annotated[int, typer.Option(min=1, help="Width of beam search.")] = 1,
     temperature: Annotated[
         float | None, typer.Option(min=0.0, help="Sample at this temperature; 0 does not sample.")
@@ -110,6 +114,7 @@ def explain(
                 detectors=tuple(detector or ["logprob"]),
                 checks=check or checks,
                 check_share=check_share,
+                lens=lens,
                 seed=seed,
                 provenance={"weights": model, "files": [image.name for image in images]},
                 **decoding.options(),

@@ -12,13 +12,14 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from vlm_steer.detection._inputs import with_answers
 from vlm_steer.detection.recording import trace_generation
+from vlm_steer.detection.trace import Trace
 from vlm_steer.engine.hooks import Method
 from vlm_steer.engine.model import inspect_model, kept_module_state
 from vlm_steer.engine.steer import steer
 from vlm_steer.explanation.words import Word
 from vlm_steer.methods.knockout import Knockout
 
-__all__ = ["Check", "LogprobsWithout", "check_words", "dictated", "read_again"]
+__all__ = ["Check", "LogprobsWithout", "check_words", "dictate", "dictated", "read_again"]
 
 LogprobsWithout = Callable[[Sequence[int], int], Tensor]
 """``f(image_tokens, n)``: log-probabilities of the first n tokens with those tokens cut off."""
@@ -131,19 +132,27 @@ def dictated(
     """
 
     def without(image_tokens: Sequence[int], n: int) -> Tensor:
-        (trace,) = trace_generation(
-            model,
-            processor,
-            inputs,
-            methods=(*methods, _cut(image_tokens)),
-            max_new_tokens=n,
-            do_sample=False,
-            num_beams=1,
-            logits_processor=LogitsProcessorList([_Dictated(ids)]),
-        )
-        return trace.logprob
+        steering = (*methods, _cut(image_tokens))
+        return dictate(model, processor, inputs, ids[:n], steering).logprob
 
     return without
+
+
+def dictate(
+    model: Any, processor: Any, inputs: Mapping[str, Any], ids: Tensor, methods: Sequence[Method]
+) -> Trace:
+    """Let a model write a text that is there already, token by token."""
+    (trace,) = trace_generation(
+        model,
+        processor,
+        inputs,
+        methods=tuple(methods),
+        max_new_tokens=len(ids),
+        do_sample=False,
+        num_beams=1,
+        logits_processor=LogitsProcessorList([_Dictated(ids)]),
+    )
+    return trace
 
 
 @dataclass(frozen=True, kw_only=True)

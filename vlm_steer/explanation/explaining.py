@@ -23,6 +23,7 @@ from vlm_steer.engine.model import ModelInfo, inspect_model
 from vlm_steer.engine.selectors import Selector
 from vlm_steer.errors import ConfigError, SteerWarning, UnsupportedModelError
 from vlm_steer.explanation.checks import LogprobsWithout, check_words, dictated, read_again
+from vlm_steer.explanation.lens import read_layers
 from vlm_steer.explanation.result import Arm, ExplainResult
 from vlm_steer.explanation.risk import (
     DetectorLike,
@@ -53,6 +54,7 @@ def explain(
     detectors: Sequence[DetectorLike] = ("logprob",),
     checks: Checks = 6,
     check_share: float = 0.1,
+    lens: bool = True,
     map_layers: Selector = "all",
     seed: int = 0,
     provenance: Mapping[str, Any] | None = None,
@@ -76,8 +78,10 @@ def explain(
             number takes the riskiest by the first detector, words of up to three letters last.
             Each costs two passes, or two generations up to the word where there is steering.
         check_share: How many image tokens a check cuts off, as a fraction in (0, 0.5].
+        lens: Read every token off every layer; one more generation per answer, and the output
+            head once per token and layer.
         map_layers: Decoder layers whose attention over the image is kept; all of them take
-            ``tokens x layers x heads x image tokens`` floats of memory.
+            ``tokens x layers x heads x image tokens`` half-precision numbers of memory.
         seed: Of sampling, and of the control of the checks.
         provenance: More to say at the foot of the page, such as the name of the model.
         **options: What ``generate`` takes, such as ``max_new_tokens``.
@@ -136,6 +140,9 @@ def explain(
                 else read_again(model, inputs, trace.ids)
             )
             arm = _checked(arm, without, checks, check_share, seed)
+        if lens:
+            read, why_no_lens = read_layers(model, processor, inputs, trace.ids, chosen)
+            arm = replace(arm, lens=read, why_no_lens=why_no_lens)
         arms.append(arm)
     _warn_of_absent(checks, arms)
     return ExplainResult(

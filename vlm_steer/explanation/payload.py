@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlm_steer.engine.geometry import Places
 from vlm_steer.explanation.checks import Check
+from vlm_steer.explanation.lens import Lens
 from vlm_steer.explanation.result import Arm, ExplainResult
 from vlm_steer.explanation.words import Word, differing
 
@@ -23,8 +24,9 @@ SCHEMA = "vlm_steer.explain/2"
 _PLANS = ((6, 3), (6, 0), (4, 0), (3, 0), (2, 0), (1, 0))
 """Bands of layers and single heads to keep maps of, best first."""
 _HEAD_NAMES = ("the head most on the image", "the second such head", "the third such head")
-_MAP_BYTES = 2_600_000
-"""Of all maps together, before they are written as text, which takes a third more."""
+_MAP_BYTES, _HEAD_BYTES = 2_050_000, 650_000
+"""Of all maps, and of the masses of single heads, before they are written as text, which takes a
+third more."""
 _PICTURE_SIDE = 900
 
 
@@ -36,7 +38,7 @@ def payload(result: ExplainResult) -> dict[str, Any]:
     log-probability of ``None`` is minus infinity: the word is ruled out.
     """
     notes: list[str] = []
-    budget = _budget(result, notes)
+    budget, n_heads = _budget(result, notes), _words_with_heads(result, notes)
     return {
         "schema": SCHEMA,
         "prompt": result.prompt,
@@ -45,7 +47,7 @@ def payload(result: ExplainResult) -> dict[str, Any]:
         "why_no_map": result.why_no_map,
         "thresholds": dict(result.thresholds),
         "arms": [
-            _arm(arm, other.words, budget)
+            _arm(arm, other.words, budget, n_heads)
             for arm, other in zip(result.arms, reversed(result.arms), strict=True)
         ],
         "notes": notes,
@@ -79,13 +81,26 @@ def _budget(result: ExplainResult, notes: list[str]) -> _Budget | None:
     return _Budget(1, 0, fitting)
 
 
+def _words_with_heads(result: ExplainResult, notes: list[str]) -> int:
+    """How many words of each answer fit with the mass of every head on the image."""
+    per_word = sum(arm.trace.masses[0, :, :, 0].numel() for arm in result.arms)
+    words = max((len(arm.words) for arm in result.arms), default=0)
+    fitting = min(words, _HEAD_BYTES // per_word)
+    if fitting < words:
+        notes.append(f"to keep the page small, heads are shown for the first {fitting} words")
+    return fitting
+
+
 def _in_bands(bands: int) -> str:
     return "all layers" if bands == 1 else f"{bands} bands of layers"
 
 
-def _arm(arm: Arm, others: Sequence[Word], budget: _Budget | None) -> dict[str, Any]:
+def _arm(arm: Arm, others: Sequence[Word], budget: _Budget | None, n_heads: int) -> dict[str, Any]:
     trace = arm.trace
-    heads = torch.stack([_mean(trace.image_mass, w.tokens) for w in arm.words] or [torch.zeros(0)])
+    with_heads = arm.words[:n_heads]
+    heads = torch.stack(
+        [trace.image_mass[slice(*w.tokens)].mean(dim=0) for w in with_heads] or [torch.zeros(0)]
+    )
     data: dict[str, Any] = {
         "name": arm.name,
         "text": trace.text,
@@ -111,14 +126,28 @@ def _arm(arm: Arm, others: Sequence[Word], budget: _Budget | None) -> dict[str, 
         "position": _finite(arm.position),
         "layers": list(trace.layers),
         "n_heads": trace.masses.shape[2],
-        "heads": _bytes(heads.flatten(1) if arm.words else heads[None]),
+        "heads": _bytes(heads.flatten(1) if with_heads else heads[None]),
+        "lens": None if arm.lens is None else _lens(arm.lens, arm.words),
+        "why_no_lens": arm.why_no_lens,
         "checks": {str(number): check_payload(check) for number, check in arm.checks.items()},
     }
     return data | {"maps": None if budget is None else _maps(arm, budget)}
 
 
-def _mean(values: Tensor, tokens: tuple[int, int]) -> Tensor:
-    return values[slice(*tokens)].mean(dim=0)
+def _lens(lens: Lens, words: Sequence[Word]) -> dict[str, Any]:
+    """Per word, its first token's log-probability at every layer, and what is likeliest there."""
+    first = [word.tokens[0] for word in words]
+    best = lens.best[first]
+    names = {token: number for number, token in enumerate(sorted(lens.names))}
+    return {
+        "layers": list(lens.layers),
+        "logprob": [
+            [round(value, 3) for value in row]
+            for row in lens.logprob[first].clamp(min=-99).tolist()
+        ],
+        "best": [[names[token] for token in row] for row in best.tolist()],
+        "names": [lens.names[token] for token in names],
+    }
 
 
 def _maps(arm: Arm, budget: _Budget) -> dict[str, Any]:
@@ -134,7 +163,7 @@ def _maps(arm: Arm, budget: _Budget) -> dict[str, Any]:
     words = arm.words[: budget.words] if trace.maps is not None else ()
     maps = torch.zeros(len(words), len(names), len(arm.sinks))
     for rows, word in zip(maps, words, strict=True):
-        by_head = _mean(cast("Tensor", trace.maps), word.tokens)
+        by_head = cast("Tensor", trace.maps)[slice(*word.tokens)].float().mean(dim=0)
         for row, band in zip(rows, bands, strict=False):
             row.copy_(by_head[slice(*band)].mean(dim=(0, 1)))
         heads = by_head.flatten(0, 1)

@@ -3,8 +3,9 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -18,7 +19,13 @@ from vlm_steer.engine.hooks import Columns
 from vlm_steer.engine.selectors import Selector, select
 from vlm_steer.errors import ConfigError, UnsupportedModelError
 from vlm_steer.explanation.checks import Check
+from vlm_steer.explanation.excess import Beyond, excess
+from vlm_steer.explanation.lens import Lens
+from vlm_steer.explanation.table import require_pandas, word_rows
 from vlm_steer.explanation.words import Word
+
+if TYPE_CHECKING:
+    import pandas  # type: ignore[import-untyped]  # ships no types
 
 __all__ = ["Arm", "ExplainResult", "Heads", "Token", "WordLike"]
 
@@ -58,6 +65,8 @@ class Arm:
         risk: By detector, one value per word; higher is riskier.
         position: The risk that the place of the word in the text alone suggests, per word.
         checks: By number of the word, what cutting off its image tokens does to it.
+        lens: What each layer would have said, or ``None``.
+        why_no_lens: Why there is none; empty when there is, or when it was not asked for.
     """
 
     name: str
@@ -66,6 +75,8 @@ class Arm:
     risk: Mapping[str, tuple[float, ...]]
     position: tuple[float, ...]
     checks: Mapping[int, Check] = field(default_factory=dict)
+    lens: Lens | None = None
+    why_no_lens: str = ""
 
     @property
     def sinks(self) -> Tensor:
@@ -112,7 +123,7 @@ class Arm:
             if not heads or not all(0 <= head < n_heads for head in heads):
                 raise ConfigError(f"heads {list(heads)} are not among the {n_heads} of a layer.")
             maps = maps[:, :, list(heads)]
-        mean = maps.mean(dim=(0, 1, 2))
+        mean = maps.float().mean(dim=(0, 1, 2))
         return mean if sinks else mean.masked_fill(self.sinks, 0)
 
 
@@ -200,6 +211,7 @@ class ExplainResult:
         heads: Heads = "all",
         sinks: bool = False,
         image: int = 0,
+        beyond: Beyond = "nothing",
     ) -> NDArray[np.float32]:
         """Where a word of the answer looked, in the pixels of a picture.
 
@@ -212,10 +224,12 @@ class ExplainResult:
             heads: Heads to average over.
             sinks: Show attention to sinks too, image tokens with massive activations.
             image: Which of the pictures.
+            beyond: Show what the word attended to more than all words do on average (``mean``), or
+                than a straight line over the words' places predicts (``position``).
 
         Returns:
             ``[height, width]``; the sum is the attention mass on the parts of the picture that
-            the model was shown.
+            the model was shown, what is subtracted left out.
 
         Raises:
             ConfigError: There is no such word, token, layer, head or picture.
@@ -228,7 +242,14 @@ class ExplainResult:
             raise UnsupportedModelError(self.why_no_map)
         if not 0 <= image < len(self.images):
             raise ConfigError(f"picture {image} does not exist; there are {len(self.images)}.")
-        weights = self.arm.attention(tokens, layers=layers, heads=heads, sinks=sinks)
+        attention = partial(self.arm.attention, layers=layers, heads=heads, sinks=sinks)
+        if beyond == "nothing":
+            weights = attention(tokens)
+        elif word is None:
+            raise ConfigError(f"attention beyond the {beyond} compares words; give a word.")
+        else:
+            maps = torch.stack([attention(other.tokens) for other in self.words])
+            weights = excess(maps, self.words.index(self.find(word)), beyond)
         heat: NDArray[np.float32] = self.places[image].spread(weights).numpy()
         return heat
 
@@ -246,6 +267,20 @@ class ExplainResult:
         """
         masses = self.arm.trace.image_mass[slice(*self.find(word).tokens)]
         found: NDArray[np.float32] = masses.mean(dim=0).numpy()
+        return found
+
+    def lens(self, word: WordLike) -> NDArray[np.float32]:
+        """``[layers]`` probability of the word's first token, read off every layer.
+
+        The first token is the one whose row decides on the word; see ``arm.lens`` for all of them.
+
+        Raises:
+            ConfigError: There is no such word, or nothing was read.
+        """
+        if self.arm.lens is None:
+            raise ConfigError(self.arm.why_no_lens or "layers were not read; give lens=True.")
+        probability = self.arm.lens.logprob[self.find(word).tokens[0]].exp()
+        found: NDArray[np.float32] = probability.numpy()
         return found
 
     def flagged(self, tau: float, *, detector: str | None = None) -> tuple[Word, ...]:
@@ -266,6 +301,20 @@ class ExplainResult:
         return tuple(
             word for word, risk in zip(self.words, self.risk[name], strict=True) if risk >= tau
         )
+
+    def to_dataframe(self) -> "pandas.DataFrame":
+        """One row per word and answer: texts, places, probabilities, risks, masses and checks.
+
+        Risks are in columns ``risk_NAME``, attention masses, averaged over layers, heads and the
+        word's tokens, in ``mass_BLOCK``, checks in columns ``check_...``, NaN where not made.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        frame: pandas.DataFrame = require_pandas().DataFrame(
+            [row for arm in self.arms for row in word_rows(arm)]
+        )
+        return frame
 
     def to_json(self) -> str:
         """Everything that the page shows, pictures and maps included; see its ``schema``."""

@@ -26,7 +26,7 @@
     return { ...arm.maps, values: bytes(arm.maps.data), sinkValues: sinks };
   });
   const heads = page.arms.map((arm) => bytes(arm.heads.data));
-  const means = new Map();
+  const trends = new Map();
   const cells = page.places ? page.places[0].length : 0;
 
   function mapOf(a, word, band, withSinks) {
@@ -39,14 +39,19 @@
     return values;
   }
 
-  function meanOf(a, band, withSinks) {
+  // Per image token, the least-squares line through the words of an answer.
+  function trendOf(a, band, withSinks) {
     const key = [a, band, withSinks].join();
-    if (!means.has(key)) {
-      const mean = new Float32Array(cells);
-      for (let w = 0; w < maps[a].n_words; w++) mapOf(a, w, band, withSinks).forEach((v, i) => { mean[i] += v / maps[a].n_words; });
-      means.set(key, mean);
+    if (!trends.has(key)) {
+      const n = maps[a].n_words, middle = (n - 1) / 2, spreadOfPlaces = (n * (n * n - 1)) / 12;
+      const mean = new Float32Array(cells), slope = new Float32Array(cells);
+      for (let w = 0; w < n; w++) mapOf(a, w, band, withSinks).forEach((v, i) => {
+        mean[i] += v / n;
+        slope[i] += (v * (w - middle)) / spreadOfPlaces;
+      });
+      trends.set(key, { mean, slope, middle });
     }
-    return means.get(key);
+    return trends.get(key);
   }
 
   // One canvas per picture.
@@ -90,8 +95,9 @@
     const band = Number($("band").value), withSinks = $("sinks").checked;
     const values = mapOf(view.arm, view.word, band, withSinks);
     if ($("mode").value === "plain") return values;
-    const mean = meanOf(view.arm, band, withSinks);
-    return values.map((v, i) => Math.max(0, v - mean[i]));
+    const { mean, slope, middle } = trendOf(view.arm, band, withSinks);
+    const ahead = $("mode").value === "position" ? view.word - middle : 0;
+    return values.map((v, i) => Math.max(0, v - mean[i] - slope[i] * ahead));
   }
 
   function drawOverlays() {
@@ -227,6 +233,7 @@
     drawOverlays();
     drawHeads();
     drawTimeline();
+    drawLens();
     tell();
   }
 
@@ -317,6 +324,11 @@
     const rows = arm.layers.length, columns = arm.n_heads;
     const pen = fit(target, Math.min(1, Math.max(0.4, rows / columns)));
     if (view.word < 0) return;
+    if (view.word >= arm.heads.tops.length) {
+      target.setAttribute("aria-label", "");
+      $("heads-caption").textContent = "Heads are not kept for this word.";
+      return;
+    }
     const share = (r, c) => (heads[view.arm][(view.word * rows + r) * columns + c] / 255) * arm.heads.tops[view.word];
     let best = [0, 0];
     for (let r = 0; r < rows; r++)
@@ -333,6 +345,34 @@
       const c = Math.floor((event.offsetX / target.clientWidth) * columns), r = rows - 1 - Math.floor((event.offsetY / target.clientHeight) * rows);
       if (r >= 0 && r < rows && c >= 0 && c < columns) target.title = `layer ${arm.layers[r]}, head ${c}: ${percent(share(r, c))} on the image`;
     };
+  }
+
+  // When the word becomes likely: its probability at every layer, and what is likeliest there.
+  function drawLens() {
+    const table = $("lens"), lens = page.arms[view.arm].lens;
+    if (!table || !lens || view.word < 0) return;
+    const shares = lens.logprob[view.word].map((value) => Math.exp(value));
+    const text = wordText(view.arm, view.word);
+    const rows = [["layer", lens.layers.map(String)], ["this word", shares.map(percent)],
+      ["likeliest", lens.best[view.word].map((token) => lens.names[token])]];
+    table.tBodies[0].replaceChildren(...rows.map(([name, values], r) => {
+      const line = make("tr"), head = make("th", name);
+      head.scope = "row";
+      line.append(head, ...values.map((value, k) => {
+        const cell = make("td", r === 2 ? value.trim() || JSON.stringify(value) : value);
+        cell.title = r === 2 ? `layer ${lens.layers[k]}: ${JSON.stringify(value)}` : "";
+        if (r === 1) {
+          const [red, green, blue] = colour(shares[k]);
+          cell.style.background = `rgb(${[red, green, blue].join()})`;
+          cell.style.color = 0.3 * red + 0.59 * green + 0.11 * blue > 128 ? "#000" : "#fff";
+        }
+        return cell;
+      }));
+      return line;
+    }));
+    const likely = shares.findIndex((_, k) => shares.slice(k).every((share) => share >= 0.5));
+    $("lens-caption").textContent = `First token of “${text}”, read off each layer by the model's own final norm and output head. ` +
+      (likely < 0 ? "It is not likelier than 50 % at the last layer." : `From layer ${lens.layers[likely]} on it is likelier than 50 %.`);
   }
 
   function drawTimeline() {
@@ -392,6 +432,8 @@
     const count = new Set(maps.flatMap((map) => map.sinks)).size;
     $("sinks-label").textContent = count ? `show sinks (${count} image tokens hidden)` : "show sinks (this model has none on the image)";
     $("sinks").disabled = count === 0;
+    // Two words lie on a line, whatever they looked at.
+    if (maps[view.arm].n_words < 3) [...$("mode").options].forEach((option) => { option.disabled = option.value !== "plain"; });
     ["band", "mode", "opacity", "sinks", "palette"].forEach((id) => $(id).addEventListener("input", () => { drawScale(); drawOverlays(); drawHeads(); }));
     views.forEach(({ canvas, number }) => canvas.addEventListener("click", (event) => {
       view.spot = { picture: number, x: event.offsetX / canvas.clientWidth, y: event.offsetY / canvas.clientHeight };
