@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from needs import method_needs
 from transformers import __version__ as transformers_version
 
 import vlm_steer
@@ -95,13 +96,19 @@ class Checkpoint:
         )
         return output
 
+    @cached_property
+    def tried(self) -> dict[str, tuple[dict[str, Any], ...]]:
+        """The options of methods that are tried on the validation scenes."""
+        needs = method_needs(*self.loaded, self.work / self.name / "needs")
+        return {name: (options,) for name, options in needs.items()} | STRENGTHS
+
     def refusals(self, methods: Sequence[str]) -> dict[str, str]:
         """Methods that this model refuses, with the reason."""
         model, processor = self.loaded
         refused = {}
         for name in methods:
             try:
-                first = _spec(name, STRENGTHS.get(name, ({},))[0])
+                first = _spec(name, self.tried.get(name, ({},))[0])
                 vlm_steer.attach(model, first, processor=processor).detach()
             except SteerError as error:
                 refused[name] = str(error)
@@ -262,12 +269,14 @@ def _tuned(
     checkpoint: Checkpoint, methods: Sequence[str], sizes: Sizes
 ) -> dict[str, dict[str, Any]]:
     """The best options of each method on validation scenes, by the F1 of mentioned objects."""
+    choices = {name: checkpoint.tried.get(name, ({},)) for name in methods}
     tried = {
         f"{name} {json.dumps(options)}": (name, options)
-        for name in methods
-        for options in STRENGTHS.get(name, ())
+        for name, several in choices.items()
+        for options in several
+        if len(several) > 1
     }
-    best: dict[str, dict[str, Any]] = {name: {} for name in methods}
+    best: dict[str, dict[str, Any]] = {name: several[0] for name, several in choices.items()}
     if not tried:
         return best
     task = embedded_chair("validation", limit=sizes.tune)

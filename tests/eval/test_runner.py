@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from PIL import Image
 
 from vlm_steer.errors import ConfigError, DataError, SteerError
 from vlm_steer.generation import encode, render_prompt
+from vlm_steer.loading import load_model
+from vlm_steer.tiny import model_dir
 from vlm_steer_eval.running.arms import is_trivial, parse_arms, trivial_arms
 from vlm_steer_eval.running.fingerprint import model_fingerprint
 from vlm_steer_eval.running.generation import Settings
@@ -327,6 +330,12 @@ def test_another_benchmark_does_not_overwrite_a_run(tiny, question_file, image_f
     _run(tiny, task, tmp_path / "out")
     with pytest.raises(ConfigError, match="holds a run of pope"):
         _run(tiny, dataclasses.replace(task, name="chair"), tmp_path / "out")
+
+
+def test_fingerprint_does_not_change_with_the_place_of_the_files(tiny, tmp_path):
+    shutil.copytree(model_dir(), tmp_path / "moved")
+    moved, _ = load_model(str(tmp_path / "moved"))
+    assert model_fingerprint(moved, "tiny") == model_fingerprint(tiny[0], "tiny")
 
 
 def test_fingerprint_changes_with_the_weights_and_not_with_the_run(tiny):

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import json
 from typing import Any
 
 import torch
@@ -22,9 +23,11 @@ def model_fingerprint(model: Any, name: str) -> dict[str, Any]:
     """A model's identity: its name, how it is run, and a hash of its configuration and weights.
 
     The hash covers up to 64 evenly spaced values of every parameter, which tells apart any two
-    trained models at no noticeable cost; it does not prove that two models are equal everywhere.
+    trained models at no noticeable cost; it does not prove that two models are equal everywhere. Where
+    the files lie has no part in it.
     """
-    digest = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
+    config = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(f"{key}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
         if tensor.is_meta or not tensor.numel():
