@@ -23,8 +23,8 @@ def model_fingerprint(model: Any, name: str) -> dict[str, Any]:
     """A model's identity: its name, how it is run, and a hash of its configuration and weights.
 
     The hash covers up to 64 evenly spaced values of every parameter, which tells apart any two
-    trained models at no noticeable cost; it does not prove that two models are equal everywhere. Where
-    the files lie has no part in it.
+    trained models at no noticeable cost; it does not prove that two models are equal everywhere.
+    Where the files lie has no part in it.
     """
     config = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
