@@ -96,7 +96,7 @@ class Matcher:
             pixels = torch.stack([self._squared(p.to(device).clone()) for p in pictures])
             with _Kept(_last_layer(self.model)) as kept:
                 seen = _features(self.model.get_image_features(pixel_values=pixels))
-            read = _features(self.model.get_text_features(**self._tokens(text)))
+            read = _features(self.model.get_text_features(**self._tokens([text])))
             similarity = functional.cosine_similarity(seen.float(), read.detach().float(), dim=-1)
             (gradient,) = torch.autograd.grad(similarity.sum(), kept.states)
             relevance = F.token_relevance(kept.states.detach(), gradient)
@@ -105,6 +105,23 @@ class Matcher:
             for tokens, picture, shape in zip(relevance, pictures, shapes, strict=True)
         ]
         return Match(tuple(maps), float(similarity.max()))
+
+    def similarities(self, pictures: Sequence[Tensor], texts: Sequence[str]) -> Tensor:
+        """How texts match pictures.
+
+        Args:
+            pictures: ``[channels, height, width]`` in [0, 1] each; their aspect ratio is kept.
+            texts: The texts; what is longer than the model takes is cut.
+
+        Returns:
+            ``[texts]`` float32, cosine of each with the picture that it matches best.
+        """
+        with torch.inference_mode():
+            pixels = torch.stack([self._squared(p.to(self.model.device)) for p in pictures])
+            seen = _features(self.model.get_image_features(pixel_values=pixels)).float()
+            read = _features(self.model.get_text_features(**self._tokens(texts))).float()
+            cosine = functional.cosine_similarity(seen[None], read[:, None], dim=-1)
+        return cosine.amax(dim=1).cpu()
 
     def _squared(self, picture: Tensor) -> Tensor:
         """A picture as the model takes it, fitted into its square and surrounded by the mean."""
@@ -119,10 +136,10 @@ class Matcher:
         padded = functional.pad((resized - mean) / std, (0, right, 0, below))
         return padded.to(self.model.dtype)
 
-    def _tokens(self, text: str) -> dict[str, Tensor]:
+    def _tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
         longest = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(
-            text.lower(),
+            [text.lower() for text in texts],
             truncation=True,
             padding="max_length",  # SigLIP has seen no other
             max_length=longest,

@@ -60,6 +60,8 @@ REFUSED = {
     "icd_vcd": "processor",
     "lqcd": "processor",
     "mvp": "processor",
+    "halc": "processor",
+    "halc_official": "processor",
     "yes_bias": "processor",
     "vdgd": "processor",
     "vdgd_official": "processor",

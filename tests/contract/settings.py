@@ -171,6 +171,14 @@ ACTIVE = {
             {"method": "vcd", "alpha": 0.5, "noise_step": 400},
         ]
     },
+    # Every token is looked at; a strong contrast, since a random model knows no objects.
+    "halc": {
+        "method": "halc",
+        "word_ids": list(range(zoo.FIRST_TEXT, zoo.VOCAB)),
+        "fields": 3,
+        "n_candidates": 2,
+        "weight": 0.5,
+    },
     "avisc": {"method": "avisc", "alpha": 1.0},
     "sid": {"method": "sid", "keep": 0.3},
     "rbd": {"method": "rbd", "keep": 0.3},
@@ -222,6 +230,7 @@ NEUTRAL = {
     "cmai": {"method": "cmai", "share": 0.0},
     "guided_decoding": {"method": "guided_decoding", "n_candidates": 1},
     "opera": {"method": "opera", "weight": 0.0, "rollbacks": 0},
+    "halc": {"method": "halc", "word_ids": []},
     "lookback_ratio": {"method": "lookback_ratio"},
     "m3id": {"method": "m3id", "lam": 0.0},
     "icd": {"method": "icd", "alpha": 0.0, "beta": 0.0},
@@ -277,11 +286,12 @@ NO_GRID = {
 REFUSALS |= {
     (family, setting): reason
     for family, reason in NO_GRID.items()
-    for setting in ("cca", "cca_mask", "agla", "agla+vcd")
+    for setting in ("cca", "cca_mask", "agla", "agla+vcd", "halc")
 }
 REFUSALS |= {(f, "pine"): "window" for f in ("gemma3", "aya_vision")}
 REFUSALS |= {("mllama", "opera"): "none of its layers"}
 REFUSALS |= {(f, "opera+vcd"): "cannot forget" for f in ("gemma3", "aya_vision", "mllama")}
+REFUSALS |= {(f, "halc"): "cannot forget" for f in ("gemma3", "aya_vision")}
 REFUSALS |= {("paligemma", "pine"): "both directions"}
 REFUSALS |= {(f, "pine"): "several axes" for f in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")}
 REFUSALS |= {(f, "cca"): "several axes" for f in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")}
@@ -294,8 +304,8 @@ WITHOUT_EFFECT = {
 
 OBSERVERS = {"lookback_ratio"}
 
-WITHOUT_BEAMS = {"guided_decoding", "guided_decoding+vcd"}
-"""Settings that sample, and refuse a beam search in their own test."""
+WITHOUT_BEAMS = {"guided_decoding", "guided_decoding+vcd", "halc"}
+"""Settings that choose otherwise, and refuse a beam search in their own test."""
 
 
 def families(*, ci: tuple[str, ...] = CI_FAMILIES) -> list[object]:

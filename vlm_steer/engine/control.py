@@ -7,7 +7,7 @@ do. The rows of a search are the rows that ``generate`` makes for beams, so what
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,8 +21,13 @@ from transformers import (
 from transformers.generation.stopping_criteria import StopStringCriteria
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
+from vlm_steer.engine.closer import look_closer
+from vlm_steer.engine.grid import grid_of
+from vlm_steer.engine.hooks import Grid
+from vlm_steer.engine.inputs import n_rows
+from vlm_steer.engine.pictures import pictures_by_row
 from vlm_steer.engine.search import Asked, Found, SearchSetup
-from vlm_steer.errors import UnsupportedModelError
+from vlm_steer.errors import SteerError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from vlm_steer.engine.plan import Bound
@@ -200,6 +205,33 @@ class _Decoding:
     def seen(self) -> Mapping[int, Tensor]:
         """What the method's own ``observe`` hook returned in the last pass."""
         return {} if self._run.call is None else self._run.call.seen
+
+    @property
+    def grid(self) -> Grid:
+        """Where the image tokens of the prompts lie."""
+        call = self._run.call
+        if call is None:
+            raise SteerError("a search asked for the grid of an image before its first pass.")
+        geometry, kinds = call.plan.model.geometry, call.positive.layout.prompt
+        return grid_of(geometry, kinds, call.grids, call.copies)
+
+    def decoded(self, texts: Sequence[Tensor] | Tensor) -> list[str]:
+        processor = self._run.plan.processor
+        tokenizer = getattr(processor, "tokenizer", processor)
+        if tokenizer is None:
+            raise SteerError("a search read its text without needs_processor.")
+        found: list[str] = tokenizer.batch_decode(texts, skip_special_tokens=True)
+        return found
+
+    def pictures(self) -> tuple[tuple[Tensor, ...], ...]:
+        grid, given = self.grid, self._run.source.given({})
+        copies = self.ids.shape[0] // max(n_rows(given), 1)
+        return pictures_by_row(given, grid, copies, self._run.plan.processor)
+
+    def closer(self, rows: Tensor, image: Tensor, boxes: Tensor) -> Tensor:
+        texts = self.ids[:, :-1]
+        run = self._run
+        return look_closer(run.source, run.plan.model, self.grid, texts, rows, image, boxes)
 
     # -- passes -------------------------------------------------------------------------------
     def start(self, kwargs: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from vlm_steer.engine.prompts import edit_of, with_insertion
 from vlm_steer.errors import SteerError, UnsupportedModelError
 from vlm_steer.generation import without_prompt
 
-__all__ = ["write"]
+__all__ = ["model_inputs", "write"]
 
 _KEPT = ("eos_token_id", "pad_token_id", "bos_token_id")
 _OF_ONE_FORWARD = ("labels", "logits_to_keep", "position_ids", "return_dict", "cache_position")
@@ -63,7 +63,7 @@ def write(
     more = None if writing.more is None else writing.more[::copies]
     request = bound.requests[writing.request]
     edit = edit_of(request, kinds[::copies], ids, model.begin_token_ids, more)
-    inputs = _inputs({**given, "input_ids": ids})
+    inputs = model_inputs({**given, "input_ids": ids})
     prompt = with_insertion(inputs, edit, model.model.get_input_embeddings())
     generate: Any = type(source.model).generate  # type: ignore[attr-defined]  # not the steered one
     token = ACTIVE.set(Probe())  # so that no steering follows these forwards
@@ -140,8 +140,12 @@ class _Until(StoppingCriteria):
         return torch.isin(input_ids[:, -1], self._ids.to(input_ids.device))
 
 
-def _inputs(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What goes into the model, without the options of ``generate`` and of a single forward."""
+def model_inputs(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What goes into the model, without the options of ``generate`` and of a single forward.
+
+    Args:
+        given: What the user passed.
+    """
     config: Any = GenerationConfig
     options = {*config().to_dict(), "generation_config", "use_cache", "past_key_values"}
     return {

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "blanked",
     "check_places",
+    "enlarged_parts",
     "of_tokens",
     "pictures_by_row",
     "shapes_of",
@@ -74,6 +75,53 @@ def blanked(
     pixels = _pixels(given)
     mask = _on_pixels(given, pixels, is_blank.to(pixels.device), shapes)
     return {"pixel_values": torch.where(mask, _fill(value, pixels), pixels)}
+
+
+def enlarged_parts(
+    given: Mapping[str, Any], shapes: Sequence[tuple[int, int]], boxes: Tensor
+) -> Tensor:
+    """The user's pixels, a part of each picture enlarged to the size of the whole.
+
+    Args:
+        given: What the user passed, with ``pixel_values``.
+        shapes: From ``shapes_of``.
+        boxes: ``[pictures, 4]`` left, top, right and bottom in [0, 1]; the whole leaves a picture
+            as it is.
+
+    Raises:
+        UnsupportedModelError: There are no pixels, or they do not fit the tokens.
+    """
+    pixels = _pixels(given)
+    boxes = boxes.to(pixels.device, torch.float32)
+    whole = boxes.new_tensor([0.0, 0.0, 1.0, 1.0])
+    is_part = (boxes != whole).any(dim=1)
+    if not bool(is_part.any()):
+        return pixels
+    changed = pixels.clone()
+    if (sizes := patches_per_image(given, pixels)) is not None:
+        merge = _merge(sum(sizes), shapes)
+        parts = torch.split(changed, [height * width * merge**2 for height, width in shapes])
+        for index in is_part.nonzero().flatten().tolist():
+            frames, side = _frames_and_side(parts[index], _COLOURS)
+            picture = _picture(parts[index], shapes[index], merge, frames, side)
+            enlarged = _enlarged_part(picture[None], boxes[index : index + 1])[0]
+            parts[index].copy_(_as_patches(enlarged, shapes[index], merge, frames, side))
+        return changed
+    flat = changed.flatten(0, -4)
+    places = torch.tensor(_places(flat, shapes), device=pixels.device)[is_part]
+    flat[places] = _enlarged_part(flat[places], boxes[is_part])
+    return flat.reshape(pixels.shape)
+
+
+def _enlarged_part(pictures: Tensor, boxes: Tensor) -> Tensor:
+    """``[pictures, channels, height, width]`` of parts of such pictures."""
+    size, centre = boxes[:, 2:] - boxes[:, :2], boxes[:, 2:] + boxes[:, :2] - 1
+    maps = torch.cat([torch.diag_embed(size), centre[:, :, None]], dim=2)
+    grid = functional.affine_grid(maps, list(pictures.shape), align_corners=False)
+    seen = functional.grid_sample(
+        pictures.float(), grid, padding_mode="border", align_corners=False
+    )
+    return seen.to(pictures.dtype)
 
 
 def check_places(model: Any, given: Mapping[str, Any], shapes: Sequence[tuple[int, int]]) -> None:
@@ -292,17 +340,41 @@ def _from_patches(
     pixels: Tensor, n_patches: int, shapes: Sequence[tuple[int, int]], channels: int
 ) -> list[Tensor]:
     """Pictures from rows of patches ``[patches, channels * frames * side * side]``."""
-    merge = math.isqrt(n_patches // max(sum(height * width for height, width in shapes), 1))
+    merge = _merge(n_patches, shapes)
     parts = torch.split(pixels, [height * width * merge**2 for height, width in shapes])
-    pictures = []
-    for part, (height, width) in zip(parts, shapes, strict=True):
-        # A patch holds one or two frames of square pieces; a still image repeats its frame.
-        frames = 2 if math.isqrt(part.shape[1] // channels) ** 2 * channels < part.shape[1] else 1
-        side = math.isqrt(part.shape[1] // (channels * frames))
-        grid = part.reshape(height, width, merge, merge, channels, frames, side, side)[..., 0, :, :]
-        picture = grid.permute(4, 0, 2, 5, 1, 3, 6)
-        pictures.append(picture.reshape(channels, height * merge * side, width * merge * side))
-    return pictures
+    return [
+        _picture(part, shape, merge, *_frames_and_side(part, channels))
+        for part, shape in zip(parts, shapes, strict=True)
+    ]
+
+
+def _merge(n_patches: int, shapes: Sequence[tuple[int, int]]) -> int:
+    """Patches that become one token, along each side."""
+    return math.isqrt(n_patches // max(sum(height * width for height, width in shapes), 1))
+
+
+def _frames_and_side(part: Tensor, channels: int) -> tuple[int, int]:
+    """A patch holds one or two frames of square pieces; a still image repeats its frame."""
+    frames = 2 if math.isqrt(part.shape[1] // channels) ** 2 * channels < part.shape[1] else 1
+    return frames, math.isqrt(part.shape[1] // (channels * frames))
+
+
+def _picture(part: Tensor, shape: tuple[int, int], merge: int, frames: int, side: int) -> Tensor:
+    """``[channels, height, width]`` from the patches of one picture."""
+    height, width = shape
+    grid = part.reshape(height, width, merge, merge, -1, frames, side, side)[..., 0, :, :]
+    picture = grid.permute(4, 0, 2, 5, 1, 3, 6)
+    return picture.reshape(-1, height * merge * side, width * merge * side)
+
+
+def _as_patches(
+    picture: Tensor, shape: tuple[int, int], merge: int, frames: int, side: int
+) -> Tensor:
+    """The patches of one picture, each of its frames the same."""
+    height, width = shape
+    grid = picture.reshape(-1, height, merge, side, width, merge, side).permute(1, 4, 2, 5, 0, 3, 6)
+    repeated = grid[..., None, :, :].expand(*grid.shape[:5], frames, side, side)
+    return repeated.reshape(height * width * merge**2, -1)
 
 
 def _fill(value: Sequence[float], pixels: Tensor) -> Tensor:

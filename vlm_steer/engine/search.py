@@ -1,10 +1,12 @@
 """What a method sees that takes the place of the loop which turns scores into tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
+
+from vlm_steer.engine.views import Grid
 
 __all__ = ["Asked", "Decoding", "Found", "SearchSetup"]
 
@@ -83,6 +85,7 @@ class Decoding(Protocol):
             predicted.
         pad: Id that fills up texts behind their end.
         plan: What ``Method.resolve`` returned for this model.
+        grid: Where the image tokens of each row's prompt lie; for methods with ``needs_grid``.
     """
 
     asked: Asked
@@ -102,6 +105,33 @@ class Decoding(Protocol):
     @property
     def pad(self) -> int:
         """See above."""
+
+    @property
+    def grid(self) -> Grid:
+        """See above."""
+
+    def decoded(self, texts: Sequence[Tensor] | Tensor) -> list[str]:
+        """Texts of token ids, special tokens left out. For methods with ``needs_processor``."""
+
+    def pictures(self) -> tuple[tuple[Tensor, ...], ...]:
+        """Per row, its images (or tiles) ``[channels, height, width]`` in [0, 1].
+
+        For methods with ``needs_grid`` and ``needs_processor``.
+        """
+
+    def closer(self, rows: Tensor, image: Tensor, boxes: Tensor) -> Tensor:
+        """Logits of the last token of ``ids`` under other fields of view.
+
+        Every intervention is off. For methods with ``needs_grid``.
+
+        Args:
+            rows: ``[rows]`` int64, those that look.
+            image: ``[rows]`` int64, the image of its own at which each of them looks.
+            boxes: ``[rows, fields, 4]`` left, top, right and bottom in it, in [0, 1].
+
+        Returns:
+            ``[rows, fields, vocabulary]`` float32.
+        """
 
     def append(self, tokens: Tensor) -> None:
         """Put ``[rows]`` tokens at the end and, unless all rows are done, run the model on them.

@@ -28,6 +28,12 @@ from vlm_steer.functional.fast import (
     row_scores,
     weighted_values,
 )
+from vlm_steer.functional.fields import (
+    AttendedBox,
+    attended_box,
+    fields_of_view,
+    focal_contrasts,
+)
 from vlm_steer.functional.heads import (
     VisionAwareHeads,
     image_heads,
@@ -111,6 +117,7 @@ from vlm_steer.functional.vectors import (
 )
 
 __all__ = [
+    "AttendedBox",
     "EntropyContrast",
     "GroupedAttention",
     "InformedTokens",
@@ -122,6 +129,7 @@ __all__ = [
     "add_change",
     "aligned_positions",
     "answer_votes",
+    "attended_box",
     "attention_sinks",
     "blind_tokens",
     "boost_scores",
@@ -138,7 +146,9 @@ __all__ = [
     "dola_logits",
     "draw_tokens",
     "early_logit_mix",
+    "fields_of_view",
     "first_lowest",
+    "focal_contrasts",
     "focus_scores",
     "gift_fuse",
     "gift_saliency",

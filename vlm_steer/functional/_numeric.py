@@ -1,5 +1,7 @@
 """Numeric conventions shared by the families: precision, masks, guarded ratios."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -38,3 +40,28 @@ def safe_divide(numerator: Tensor, denominator: Tensor, *, otherwise: float) -> 
     """Divides, and returns `otherwise` where the denominator is 0."""
     is_zero = denominator == 0
     return torch.where(is_zero, otherwise, numerator / denominator.masked_fill(is_zero, 1))
+
+
+def divergence_of(log_p: Tensor, log_q: Tensor, kind: Literal["kl_m", "jsd"]) -> Tensor:
+    """Measures how far two distributions are apart, by their mean M.
+
+    Args:
+        log_p: log-probabilities, `[..., vocabulary]`.
+        log_q: others that broadcast to them.
+        kind: `jsd` for `1/2 [KL(p || M) + KL(q || M)]`, `kl_m` for `1/2 [KL(M || p) + KL(M || q)]`.
+
+    Returns:
+        `[...]`, >= 0.
+    """
+    p, q = log_p.exp(), log_q.exp()
+    middle = (p + q) / 2
+    # The vocabulary is large: one logarithm for both terms.
+    log_middle = middle.clamp(min=torch.finfo(middle.dtype).tiny).log()
+    if kind == "kl_m":
+        return (middle * (2 * log_middle - log_p - log_q)).sum(-1) / 2
+    return (_terms(p, log_p - log_middle) + _terms(q, log_q - log_middle)).sum(-1) / 2
+
+
+def _terms(p: Tensor, log_ratio: Tensor) -> Tensor:
+    """Terms of a Kullback-Leibler divergence; 0 where p is 0, whatever the ratio."""
+    return torch.where(p > 0, p * log_ratio, 0.0)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlm_steer.functional._numeric import upcast
+from vlm_steer.functional._numeric import divergence_of, upcast
 from vlm_steer.functional.contrast import plausibility_mask
 
 
@@ -41,7 +41,7 @@ def dola_logits(
     """
     log_p = upcast(final).log_softmax(-1)
     log_q = upcast(early).log_softmax(-1)
-    distance = _divergence(log_p.unsqueeze(1), log_q, divergence)
+    distance = divergence_of(log_p.unsqueeze(1), log_q, divergence)
     premature = _take_layer(log_q, distance.argmax(-1))
     kept = plausibility_mask(log_p, beta=relative_top)
     return (log_p - premature).masked_fill(~kept, -torch.inf).to(final.dtype)
@@ -105,21 +105,6 @@ def early_logit_mix(final: Tensor, early: Tensor, *, gamma: float) -> Tensor:
         Mixed logits, `[batch, vocabulary]`.
     """
     return (gamma * upcast(early).mean(1) + (1 - gamma) * upcast(final)).to(final.dtype)
-
-
-def _divergence(log_p: Tensor, log_q: Tensor, kind: Literal["kl_m", "jsd"]) -> Tensor:
-    p, q = log_p.exp(), log_q.exp()
-    middle = (p + q) / 2
-    # The vocabulary is large: one logarithm for both terms.
-    log_middle = middle.clamp(min=torch.finfo(middle.dtype).tiny).log()
-    if kind == "kl_m":
-        return (middle * (2 * log_middle - log_p - log_q)).sum(-1) / 2
-    return (_terms(p, log_p - log_middle) + _terms(q, log_q - log_middle)).sum(-1) / 2
-
-
-def _terms(p: Tensor, log_ratio: Tensor) -> Tensor:
-    """Terms of a Kullback-Leibler divergence; 0 where p is 0, whatever the ratio."""
-    return torch.where(p > 0, p * log_ratio, 0.0)
 
 
 def _take_layer(per_layer: Tensor, layer: Tensor) -> Tensor:

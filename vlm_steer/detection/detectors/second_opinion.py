@@ -11,9 +11,10 @@ from torch import Tensor
 
 from vlm_steer.detection.base import Detector, Evidence, Unit, register_detector
 from vlm_steer.detection.trace import Trace
-from vlm_steer.errors import ConfigError, SteerError, UnsupportedModelError
+from vlm_steer.errors import ConfigError, SteerError
 from vlm_steer.generation import answer_ids, encode, render_prompt
 from vlm_steer.loading import load_model
+from vlm_steer.locating import load_zero_shot
 
 __all__ = ["CrossCheck", "ObjectCheck", "SelfCheck"]
 
@@ -219,7 +220,7 @@ class ObjectCheck(Detector):
     @cached_property
     def loaded(self) -> tuple[tuple[Any, Any], ...]:
         """The detectors with their processors, loaded when first needed."""
-        return tuple(_zero_shot(name) for name in self.models)
+        return tuple(load_zero_shot(name) for name in self.models)
 
     def features(
         self, trace: Trace, units: Sequence[Unit], evidence: Evidence | None = None
@@ -248,22 +249,6 @@ class ObjectCheck(Detector):
         with torch.inference_mode():
             logits: Tensor = model(**inputs).logits
         return float(logits.float().sigmoid().amax())
-
-
-def _zero_shot(name: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
-
-    load_processor: Any = AutoProcessor.from_pretrained
-    try:
-        model = AutoModelForZeroShotObjectDetection.from_pretrained(name).eval()
-        processor = load_processor(name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UnsupportedModelError(
-            f"no zero-shot object detector could be loaded from {name!r} ({reason}). Give one "
-            "that AutoModelForZeroShotObjectDetection accepts."
-        ) from error
-    return model, processor
 
 
 def _words_for(trace: Trace, unit: Unit) -> tuple[str, ...]:
