@@ -11,6 +11,7 @@ from vlm_steer.errors import ConfigError, DataError
 from vlm_steer_eval.benchmarks.chair import CHAIR_METRICS, TableNormaliser, score_caption
 from vlm_steer_eval.benchmarks.chair_opera import load_opera_normaliser
 from vlm_steer_eval.benchmarks.objects import load_object_sets, objects_from_annotations
+from vlm_steer_eval.benchmarks.scoring import make_normaliser
 from vlm_steer_eval.benchmarks.vocabulary import ObjectVocabulary, plural
 from vlm_steer_eval.files import image_key, read_json, read_rows
 from vlm_steer_eval.statistics.metrics import summarise
@@ -65,6 +66,36 @@ def test_made_up_captions_score_as_published_from_coco_annotations(opera, golden
         assert pairs == by_token["mscoco_hallucinated_words"]
         assert [m.token for m in score.hallucinated] == by_token["hallucination_idxs"]
         assert [m.word for m in score.hallucinated] == by_word["hallucination_idxs"]
+
+
+def test_a_lemma_table_makes_the_rule_that_of_another_tool(opera, golden, data_folder, tmp_path):
+    rows = golden("chair/caption_to_words.json")
+    plain = [r for r in rows if len(r["nltk_tokens"]) == len(r["pattern_py3"]["merged"])]
+    pairs = {
+        (token, lemma)
+        for row in plain
+        for token, lemma in zip(row["nltk_tokens"], row["pattern_py3"]["merged"], strict=True)
+    }
+    table = tmp_path / "lemmas.tsv"
+    table.write_text("".join(f"{word}\t{lemma}\n" for word, lemma in sorted(pairs)))
+    synonyms = data_folder / "chair/synonyms.txt"
+    original = load_opera_normaliser(synonyms, table)
+    known = {word for word, _ in pairs}
+    checked = [row for row in rows if known >= set(row["nltk_tokens"])]
+    assert len(checked) > 100
+    for row in checked:
+        mentions = original.read(row["text"]).mentions
+        assert [m.surface for m in mentions] == row["pattern_py3"]["words"], row["text"]
+        assert [m.object for m in mentions] == row["pattern_py3"]["node_words"]
+    men = "Two men ride buses."
+    assert [m.object for m in opera.read(men).mentions] == ["bus"]
+    assert [m.object for m in original.read(men).mentions] == ["person"]
+    assert original.name.startswith("opera, lemmas ")
+    table.write_text("men\tman\nmen\tmen\n")
+    with pytest.raises(DataError, match="line 2"):
+        load_opera_normaliser(synonyms, table)
+    with pytest.raises(ConfigError, match="--lemmas has no effect"):
+        make_normaliser("table", None, table)
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,25 @@ def test_a_trivial_baseline_is_the_unsteered_model_decoded_otherwise(
     assert _texts(again)["none"] == _texts(run)[names[3]]
 
 
+def test_a_deterministic_run_takes_single_items_and_reuses_no_others(
+    counting, question_file, image_folder, tmp_path
+):
+    tiny, sizes = counting
+    task, strict = (
+        _task(question_file, image_folder),
+        Settings(max_new_tokens=2, deterministic=True),
+    )
+    _run(tiny, task, tmp_path)
+    first = _run(tiny, task, tmp_path, settings=strict)
+    assert sizes == [3, 3, 2] + [1] * 8
+    assert not torch.are_deterministic_algorithms_enabled()
+    again = _run(tiny, task, tmp_path / "other", settings=strict)
+    assert _texts(again) == _texts(first)
+    assert [r["margin"] for r in again.records["none"].values()] == [
+        r["margin"] for r in first.records["none"].values()
+    ]
+
+
 def test_trivial_baselines_that_cannot_be_are_refused():
     for wrong in ("trivial:", "trivial:beams=5", "trivial:num_beams=x", "trivial:num_beams"):
         with pytest.raises(ConfigError, match="SETTING=VALUE"):

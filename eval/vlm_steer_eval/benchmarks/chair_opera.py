@@ -4,15 +4,20 @@ Tokens are tagged and lemmatised with NLTK, a fixed list of word pairs is merged
 stands in the synonyms file is a mention. The rule needs nltk and its data.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from vlm_steer.errors import DataError
+from vlm_steer_eval.files import read_text
 
 from .chair import Mention, Reading
 from .nltk_tools import load_nltk
 from .vocabulary import ObjectVocabulary, read_synonyms
 
-__all__ = ["OperaNormaliser", "load_opera_normaliser"]
+__all__ = ["OperaNormaliser", "load_lemmas", "load_opera_normaliser"]
 
 Lemmatise = Callable[[Sequence[str]], list[str]]
 
@@ -89,16 +94,30 @@ class OperaNormaliser:
         return Reading(tuple(mentions), tuple(words))
 
 
-def load_opera_normaliser(synonyms: Path) -> OperaNormaliser:
+def load_opera_normaliser(synonyms: Path, lemmas: Path | None = None) -> OperaNormaliser:
     """Build the normaliser from a synonyms file and the installed nltk.
+
+    Args:
+        synonyms: the synonyms file of CHAIR.
+        lemmas: a table to use instead of nltk's tagger and lemmatiser, see `load_lemmas`. With the
+            singulars of another tool it is the CHAIR of that tool, such as the original one.
 
     Raises:
         ConfigError: nltk or its data are absent; the message says how to get them.
-        DataError: the synonyms file cannot be used.
+        DataError: a file cannot be used.
     """
     rows = read_synonyms(synonyms)
     table = {surface: row[0] for row in rows for surface in row}
     nltk = load_nltk("--normaliser opera", "use --normaliser table")
+    if lemmas is not None:
+        known = load_lemmas(lemmas)
+        digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:8]
+        return OperaNormaliser(
+            table,
+            nltk.tokenise,
+            lambda tokens: [known.get(token, token) for token in tokens],
+            f"opera, lemmas {digest}",
+        )
     wordnet = nltk.wordnet
     parts = {"J": wordnet.ADJ, "V": wordnet.VERB, "R": wordnet.ADV}
 
@@ -108,6 +127,25 @@ def load_opera_normaliser(synonyms: Path) -> OperaNormaliser:
         ]
 
     return OperaNormaliser(table, nltk.tokenise, lemmatise)
+
+
+def load_lemmas(path: Path) -> dict[str, str]:
+    """Word -> lemma, from lines with a word, a tab and its lemma; other words stay as they are.
+
+    Raises:
+        DataError: the file cannot be read, or a line is malformed or contradicts another.
+    """
+    lemmas: dict[str, str] = {}
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        word, lemma = (part.strip() for part in line.lower().partition("\t")[::2])
+        if not word or not lemma or lemmas.get(word, lemma) != lemma:
+            raise DataError(
+                f"{path}, line {number}: expected a word, a tab and its only lemma, found {line!r}"
+            )
+        lemmas[word] = lemma
+    return lemmas
 
 
 def _merge(lemmas: Sequence[str]) -> tuple[list[str], list[int]]:

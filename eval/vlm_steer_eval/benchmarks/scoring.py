@@ -156,6 +156,7 @@ def score_chair(
     annotations: Path | None = None,
     synonyms: Path | None = None,
     normaliser: str = "table",
+    lemmas: Path | None = None,
     output: Path | None = None,
     unknown_images: UnknownImages | None = None,
     n_resamples: int = 10_000,
@@ -170,6 +171,7 @@ def score_chair(
         synonyms: the vocabulary of surfaces. `opera` needs one; `table` then uses its surfaces with
             plurals instead of the shipped table.
         normaliser: `table` or `opera`.
+        lemmas: lemmas for `opera` instead of nltk's; see `load_opera_normaliser`.
         output: folder for `scores.json`, `samples.jsonl`, `counts.jsonl` and `table.txt`; None
             writes nothing.
         unknown_images: captions of images without ground truth stop the scoring (`error`), count as
@@ -187,7 +189,7 @@ def score_chair(
     """
     if (objects is None) == (annotations is None):
         raise ConfigError("give either --objects FILE or --annotations DIR, and not both")
-    reader = make_normaliser(normaliser, synonyms)
+    reader = make_normaliser(normaliser, synonyms, lemmas)
     rows = load_captions(captions)
     images = {image for image, _ in rows}
     if objects is not None:
@@ -213,7 +215,7 @@ def score_chair(
     repeated = [image for image, count in Counter(c.image for c in scored).items() if count > 1]
     result: dict[str, Any] = {
         "benchmark": "chair",
-        "normaliser": normaliser,
+        "normaliser": reader.name,
         "n_images": len({caption.image for caption in scored}),
         "metrics": summarise(
             CHAIR_METRICS,
@@ -248,21 +250,28 @@ def _caption_units(scored: Sequence[_Caption]) -> list[Unit]:
     return units
 
 
-def make_normaliser(name: str, synonyms: Path | None) -> Normaliser:
+def make_normaliser(name: str, synonyms: Path | None, lemmas: Path | None = None) -> Normaliser:
     """The normaliser of that name.
+
+    Args:
+        name: `table` or `opera`.
+        synonyms: the vocabulary of surfaces, see `score_chair`.
+        lemmas: lemmas for `opera`, see `load_opera_normaliser`.
 
     Raises:
         ConfigError: no such normaliser, or something it needs is absent.
-        DataError: the synonyms file cannot be used.
+        DataError: a file cannot be used.
     """
     if name == "table":
+        if lemmas is not None:
+            raise ConfigError("--lemmas has no effect on --normaliser table; give opera")
         if synonyms is None:
             return TableNormaliser(ObjectVocabulary.coco())
         return TableNormaliser(ObjectVocabulary.from_synonyms(synonyms))
     if name == "opera":
         if synonyms is None:
             raise ConfigError("--normaliser opera needs --synonyms, the synonyms file of CHAIR")
-        return load_opera_normaliser(synonyms)
+        return load_opera_normaliser(synonyms, lemmas)
     raise ConfigError(f"normaliser {name!r} is unknown; choose table or opera")
 
 

@@ -15,6 +15,7 @@ from .options import (
     EmbeddedScenes,
     ImageFolder,
     ImageList,
+    Lemmas,
     NormaliserOption,
     ParserOption,
     SharePrefix,
@@ -109,6 +110,7 @@ def eval_chair(
     ] = "Please describe this image in detail.",
     normaliser: NormaliserOption = "table",
     synonyms: Synonyms = None,
+    lemmas: Lemmas = None,
 ) -> None:
     """Count hallucinated objects in captions of embedded scenes, your images, or a data set."""
     from vlm_steer_eval.running.hub import hub_chair
@@ -119,7 +121,7 @@ def eval_chair(
     refuse_without_dataset(dataset, columns=columns, streaming=streaming)
     if image_list is not None and annotations is None and objects is None:
         raise ConfigError("--image-list has no effect without --annotations or --objects")
-    reader = chosen_normaliser(normaliser, synonyms)
+    reader = chosen_normaliser(normaliser, synonyms, lemmas)
     task: Task
     common: dict[str, Any] = {"limit": run.limit, "seed": run.seed, "prompt": prompt}
     if dataset is not None:

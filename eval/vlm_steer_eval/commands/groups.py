@@ -18,6 +18,7 @@ from vlm_steer_eval.running.presets import AppliedPreset, apply_preset
 from .options import (
     Beams,
     Controls,
+    Deterministic,
     Images,
     Methods,
     OutputFolder,
@@ -49,6 +50,7 @@ class RunOptions(groups.Loading):
     methods: Methods = "none"
     controls: Controls = False
     trivial: TrivialBaselines = False
+    deterministic: Deterministic = False
     preset: PresetName = None
     limit: Images = None
     max_new_tokens: Tokens = 512
@@ -88,7 +90,12 @@ class RunOptions(groups.Loading):
         from vlm_steer_eval.running.generation import Settings
 
         return Settings(
-            self.max_new_tokens, self.num_beams, self.temperature, self.top_p, self.seed
+            self.max_new_tokens,
+            self.num_beams,
+            self.temperature,
+            self.top_p,
+            self.seed,
+            deterministic=self.deterministic,
         )
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "Controls",
     "Dataset",
     "DatasetSplit",
+    "Deterministic",
     "EmbeddedScenes",
     "HallusionJudge",
     "HallusionParserOption",
@@ -34,6 +35,7 @@ __all__ = [
     "ImageList",
     "Images",
     "ImagesOnly",
+    "Lemmas",
     "Methods",
     "MmeParserOption",
     "MmvpParserOption",
@@ -79,6 +81,14 @@ TrivialBaselines = Annotated[
         "--trivial",
         help="Run baselines of the frontier too: temperatures, beams, a minimum length, biases "
         "towards and against the end.",
+    ),
+]
+Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic",
+        help="Answer one at a time with deterministic kernels, so that no near-tie is decided by "
+        "padding or batching.",
     ),
 ]
 Images = Annotated[
@@ -135,6 +145,12 @@ RatingOption = Annotated[MmhalReading, typer.Option("--reading", help="How ratin
 Synonyms = Annotated[
     Path | None,
     typer.Option("--synonyms", help="CHAIR synonyms file: name, synonym, ... per line."),
+]
+Lemmas = Annotated[
+    Path | None,
+    typer.Option(
+        "--lemmas", help="For opera: lines of word, tab, lemma, instead of nltk's lemmatiser."
+    ),
 ]
 EmbeddedScenes = Annotated[
     ScenesName, typer.Option("--scenes", help="Embedded scenes, where no other data is given.")

@@ -141,6 +141,8 @@ def check_early(run: "RunOptions") -> None:
     run.settings()
     if run.repeat is not None:
         parse_sizes(run.repeat, run.batch_size)
+        if run.deterministic:
+            raise ConfigError("--repeat has no effect with --deterministic, which takes one")
 
 
 def chosen_splits(text: str) -> "list[Strategy]":
@@ -158,13 +160,15 @@ def chosen_splits(text: str) -> "list[Strategy]":
     return [strategy for strategy in STRATEGIES if strategy in names]
 
 
-def chosen_normaliser(normaliser: NormaliserName, synonyms: Path | None) -> "Normaliser | None":
+def chosen_normaliser(
+    normaliser: NormaliserName, synonyms: Path | None, lemmas: Path | None = None
+) -> "Normaliser | None":
     """The normaliser that the options name; None for the default of the data."""
-    if normaliser == "table" and synonyms is None:
+    if normaliser == "table" and synonyms is None and lemmas is None:
         return None
     from vlm_steer_eval.benchmarks.scoring import make_normaliser
 
-    return make_normaliser(normaliser, synonyms)
+    return make_normaliser(normaliser, synonyms, lemmas)
 
 
 def refuse_several_sources(**sources: object) -> None:

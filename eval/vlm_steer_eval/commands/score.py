@@ -19,6 +19,7 @@ from .options import (
     HallusionJudge,
     HallusionParserOption,
     ImagesOnly,
+    Lemmas,
     MmeParserOption,
     MmvpParserOption,
     NormaliserOption,
@@ -86,6 +87,7 @@ def score_chair(
         Path | None, typer.Option("--annotations", help="Folder of COCO annotations instead.")
     ] = None,
     synonyms: Synonyms = None,
+    lemmas: Lemmas = None,
     normaliser: NormaliserOption = "table",
     unknown_images: Annotated[
         UnknownImages | None,
@@ -105,6 +107,7 @@ def score_chair(
         objects=objects,
         annotations=annotations,
         synonyms=synonyms,
+        lemmas=lemmas,
         normaliser=normaliser,
         unknown_images=unknown_images,
         **results.keywords(),

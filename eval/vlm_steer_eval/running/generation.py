@@ -2,7 +2,9 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,6 +44,8 @@ class Settings:
         min_new_tokens: no answer ends before, >= 0.
         end_bias: added to the scores of the tokens that end an answer, which makes answers shorter
             (above 0) or longer.
+        deterministic: answer one item at a time, by kernels that give the same bits every time
+            where there are such; torch warns where there are none.
     """
 
     max_new_tokens: int = 512
@@ -51,6 +55,7 @@ class Settings:
     seed: int = 0
     min_new_tokens: int = 0
     end_bias: float = 0.0
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_new_tokens <= self.max_new_tokens or not math.isfinite(self.end_bias):
@@ -82,7 +87,8 @@ class Settings:
     def as_dict(self) -> dict[str, Any]:
         """Everything that the text depends on, where it has an effect."""
         plain = asdict(self)
-        unused = [name for name in ("min_new_tokens", "end_bias") if not plain[name]]
+        newer = ("min_new_tokens", "end_bias", "deterministic")
+        unused = [name for name in newer if not plain[name]]
         for name in [*unused, *(["seed"] if self.temperature == 0 else [])]:
             del plain[name]
         return plain
@@ -108,6 +114,20 @@ class Output:
     margin: float | None
     layout: str
     batch: int
+
+
+@contextmanager
+def _kernels(*, deterministic: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    if deterministic:
+        # Read by the matrix products of CUDA when the first of them runs.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
 
 
 def item_seed(seed: int, item: str) -> int:
@@ -156,18 +176,19 @@ class Generator:
             margin = FirstTokenMargin(*self._words)
             processors.append(margin)
         processors.extend(self._samplers(ids))
-        sequences = self.model.generate(
-            **inputs,
-            logits_processor=processors,
-            # Sampling is the processors' work; what the model's defaults say of it must not act.
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            num_beams=self.settings.num_beams,
-            max_new_tokens=self.settings.max_new_tokens,
-            min_new_tokens=self.settings.min_new_tokens or None,
-        )
+        with _kernels(deterministic=self.settings.deterministic):
+            sequences = self.model.generate(
+                **inputs,
+                logits_processor=processors,
+                # Sampling is the processors' work; what the model's defaults say must not act.
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                num_beams=self.settings.num_beams,
+                max_new_tokens=self.settings.max_new_tokens,
+                min_new_tokens=self.settings.min_new_tokens or None,
+            )
         margins = [None] * len(ids) if margin is None else margin.values(len(ids))
         return self._outputs(inputs, sequences, margins)
 

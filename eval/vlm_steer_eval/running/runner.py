@@ -96,6 +96,8 @@ def run_arms(
         SteerError: memory runs out with a batch of one, or the model cannot be steered as asked.
     """
     _refuse_other_benchmark(output / RUN_NAME, task.name)
+    if settings.deterministic:
+        batch_size, share_prefix = 1, False
     digests, failures = check_images(task.items)
     usable = [item for item in task.items if item.id in digests]
     if not usable:
