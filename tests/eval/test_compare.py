@@ -25,7 +25,7 @@ from vlm_steer_eval.running.arms import controls_among, parse_arms, with_control
 from vlm_steer_eval.running.runs import RunArm, Runs, load_runs
 from vlm_steer_eval.statistics.comparing import compare_runs
 from vlm_steer_eval.statistics.count_model import poisson_fit, rate_ratio
-from vlm_steer_eval.statistics.counts import Unit
+from vlm_steer_eval.statistics.counts import Unit, read_units, write_units
 from vlm_steer_eval.statistics.frontier import Axes, frontier, staircase
 from vlm_steer_eval.statistics.matched import Caption, at_yes_ratio, sentence_ends
 
@@ -121,6 +121,52 @@ def test_a_trivial_arm_extends_the_frontier_and_gets_no_verdict(chair_runs):
     assert sum(name.endswith("words") for name in again["frontier"]["points"]) == 7
     with pytest.raises(ConfigError, match="'base' is no arm"):
         compare_runs(runs, trivial=["base"], n_resamples=10)
+
+
+def test_trivial_arms_take_no_part_in_corrections(chair_runs):
+    runs = load_runs([chair_runs[name] for name in ("base", "shorter", "better", "worse")])
+    alone = compare_runs(
+        load_runs([chair_runs[name] for name in ("base", "better", "worse")]), n_resamples=100
+    )
+    result = compare_runs(runs, trivial=["shorter"], n_resamples=100)
+    for name in ("better", "worse"):
+        assert result["differences"][name] == alone["differences"][name]
+    assert set(result["matched"]) == set(result["length_adjusted"]) == {"better", "worse"}
+
+
+def test_runs_under_several_seeds_are_pooled(tmp_path):
+    folders = []
+    for seed in range(3):
+        arms = {"none": _captions(seed, invent=0.2), "method": _captions(seed + 9, invent=0.05)}
+        scored = [_chair_run(tmp_path / f"{seed}-{arm}", rows) for arm, rows in arms.items()]
+        folders.append(tmp_path / f"seed{seed}")
+        folders[-1].mkdir()
+        units = [read_units(folder / "counts.jsonl", 8)["scored"] for folder in scored]
+        rule = {"benchmark": "chair", "normaliser": "table", "arms": {}}
+        (folders[-1] / "scores.json").write_text(json.dumps(rule))
+        write_units(
+            folders[-1] / "counts.jsonl",
+            {arm: list(found.values()) for arm, found in zip(arms, units, strict=True)},
+        )
+    pooled = compare_runs(load_runs(folders, pool=True), n_resamples=300)
+    single = [compare_runs(load_runs([folder]), n_resamples=300) for folder in folders]
+    assert (pooled["n_units"], pooled["n_images"]) == (240, 80)
+    values = [one["arms"]["method"]["all"]["metrics"]["CHAIRi"]["value"] for one in single]
+    found = pooled["seeds"]["method"]["CHAIRi"]
+    assert found["values"] == values
+    assert found["sd"] == pytest.approx(np.std(values, ddof=1))
+
+    def width(result):
+        low, high = result["differences"]["method"]["all"]["CHAIRi"]["ci95"]
+        return high - low
+
+    assert width(pooled) < min(map(width, single))
+    # The same answers twice say nothing new.
+    twice = compare_runs(load_runs([folders[0]] * 2, pool=True), n_resamples=300)
+    assert width(twice) == pytest.approx(width(single[0]))
+    assert "Seed by seed" in render(*comparison_text(pooled), width=200)
+    with pytest.raises(ConfigError, match="--pool"):
+        load_runs([folders[0], tmp_path / "0-none"], pool=True)
 
 
 def test_another_baseline_turns_the_differences_around(chair_runs):

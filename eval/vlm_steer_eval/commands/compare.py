@@ -32,6 +32,12 @@ def compare(
     missing: Annotated[
         Missing, typer.Option("--missing", help="Units that not every run has.")
     ] = "error",
+    pool: Annotated[
+        bool,
+        typer.Option(
+            "--pool", help="The folders are one run under several seeds; pool their arms."
+        ),
+    ] = False,
     images: ImageFolder = None,
     samples: Annotated[
         int, typer.Option("--samples", min=0, help="Images with their answers in the report.")
@@ -48,7 +54,7 @@ def compare(
     from vlm_steer_eval.running.runs import load_runs
     from vlm_steer_eval.statistics.comparing import compare_runs
 
-    loaded = load_runs(runs, baseline=baseline, missing=missing)
+    loaded = load_runs(runs, baseline=baseline, missing=missing, pool=pool)
     result = compare_runs(loaded, trivial=trivial or [], n_resamples=resamples, seed=seed)
     write_json(output / "compare.json", result)
     text = render(*comparison_text(result), width=200)

@@ -115,6 +115,8 @@ def _main(result: Mapping[str, Any]) -> str:
 def _tables(result: Mapping[str, Any]) -> list[Table]:
     parts = result["arms"][result["baseline"]]
     tables = [_values(result, part) for part in parts]
+    if result["seeds"]:
+        tables.append(_seeds(result))
     tables += [
         _matched(result, kind)
         for kind in _MATCHED
@@ -147,6 +149,20 @@ def _values(result: Mapping[str, Any], part: str) -> Table:
         rows.append(row)
     n = result["arms"][result["baseline"]][part]["n"]
     return Table(f"{result['benchmark'].upper()} · {part} · {n} units", columns, rows)
+
+
+def _seeds(result: Mapping[str, Any]) -> Table:
+    shown = SHOWN[result["benchmark"]]
+    rows = []
+    for arm, by_metric in result["seeds"].items():
+        n = len(next(iter(by_metric.values()))["values"])
+        cells = [
+            [format_metric(name, {"value": value})[0] for value in by_metric[name]["values"]]
+            + [format_metric(name, {"value": by_metric[name]["sd"]})[0]]
+            for name in shown
+        ]
+        rows.append([arm, *(f"{' / '.join(values)} ± {sd}" for *values, sd in cells)])
+    return Table(f"Seed by seed, ± standard deviation ({n} seeds)", ["arm", *shown], rows)
 
 
 def _difference(name: str, entry: Mapping[str, Any]) -> list[str]:

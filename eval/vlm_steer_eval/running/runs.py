@@ -1,5 +1,6 @@
 """Finished runs, read back from their folders to be compared."""
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,6 +76,7 @@ class Runs:
         arms: by name, the baseline first.
         baseline: the arm that the others are compared with.
         excluded: units left out since not every arm has them.
+        seeds: the units of each seed, where runs under several were pooled.
     """
 
     benchmark: str
@@ -82,6 +84,7 @@ class Runs:
     arms: Mapping[str, RunArm]
     baseline: str
     excluded: Sequence[str] = ()
+    seeds: Sequence[Sequence[str]] = ()
 
 
 def load_runs(
@@ -89,6 +92,7 @@ def load_runs(
     *,
     baseline: str | None = None,
     missing: Literal["error", "exclude"] = "error",
+    pool: bool = False,
 ) -> Runs:
     """Read the folders that `eval` and `score` have written.
 
@@ -98,26 +102,24 @@ def load_runs(
             `s3://bucket/run` are folders too.
         baseline: name of an arm; the first one by default, which is the unsteered arm of `eval`.
         missing: what to do about units that not every arm has: stop, or leave them out.
+        pool: take the folders for one run under several seeds: arms of equal names are one arm,
+            in which every image has an answer per seed.
 
     Raises:
-        ConfigError: fewer than two arms, an unknown baseline, or runs that cannot be compared.
+        ConfigError: fewer than two arms, runs to be pooled that have different arms, an unknown
+            baseline, or runs that cannot be compared.
         DataError: a folder holds no finished run, an address cannot be used, or the runs cover
             different units.
     """
-    arms: dict[str, RunArm] = {}
+    by_run: list[list[RunArm]] = []
     rules: dict[str, tuple[str, dict[str, Any]]] = {}
     for run in folders:
         with local_copy(run, _FILES) as folder:
             scores = _scores(run, folder)
             rule = (scores["benchmark"], {key: scores[key] for key in _SCORING if key in scores})
             _refuse_other_rule(rules, run, rule)
-            found = _arms(folder, scores, several=len(folders) > 1)
-        for arm in found:
-            if arm.name in arms:
-                raise ConfigError(
-                    f"two runs are called {arm.name!r}; rename one of the folders, or give it once"
-                )
-            arms[arm.name] = arm
+            by_run.append(_arms(folder, scores, several=len(folders) > 1 and not pool))
+    arms = _pooled(folders, by_run) if pool else _distinct(by_run)
     if len(arms) < 2:
         raise ConfigError(f"{folders[0]} holds a single arm; give another run to compare it with")
     chosen = baseline if baseline is not None else next(iter(arms))
@@ -126,8 +128,68 @@ def load_runs(
     ordered = {chosen: arms[chosen], **arms}
     benchmark, scoring = next(iter(rules.values()))
     common, excluded = _common(ordered, missing)
+    seeds = [[u for u in common if u.startswith(f"{n}/")] for n in range(len(folders))]
     return Runs(
-        benchmark, scoring, {n: _only(a, common) for n, a in ordered.items()}, chosen, excluded
+        benchmark,
+        scoring,
+        {name: _only(arm, common) for name, arm in ordered.items()},
+        chosen,
+        excluded,
+        seeds if pool else (),
+    )
+
+
+def _distinct(by_run: Sequence[Sequence[RunArm]]) -> dict[str, RunArm]:
+    arms: dict[str, RunArm] = {}
+    for arm in (arm for run in by_run for arm in run):
+        if arm.name in arms:
+            raise ConfigError(
+                f"two runs are called {arm.name!r}; rename one of the folders, or give it once"
+            )
+        arms[arm.name] = arm
+    return arms
+
+
+def _pooled(folders: Sequence[Path], by_run: Sequence[Sequence[RunArm]]) -> dict[str, RunArm]:
+    """Arms of equal names as one, whose units are called `NUMBER OF THE RUN/UNIT`."""
+    names = [arm.name for arm in by_run[0]]
+    for folder, run in zip(folders, by_run, strict=True):
+        if [arm.name for arm in run] != names:
+            raise ConfigError(
+                f"--pool: {folder} has the arms {', '.join(arm.name for arm in run)} and "
+                f"{folders[0]} has {', '.join(names)}; pool runs of the same arms that differ in "
+                "their seeds"
+            )
+    return {
+        group[0].name: RunArm(
+            group[0].name,
+            {
+                f"{n}/{name}": unit
+                for n, arm in enumerate(group)
+                for name, unit in arm.units.items()
+            },
+            {
+                f"{n}/{name}": row
+                for n, arm in enumerate(group)
+                for name, row in arm.samples.items()
+            },
+            _total([arm.cost for arm in group if arm.cost is not None]),
+        )
+        for group in zip(*by_run, strict=True)
+    }
+
+
+def _total(costs: Sequence[Cost]) -> Cost | None:
+    return None if not costs else functools.reduce(_added, costs)
+
+
+def _added(one: Cost, other: Cost) -> Cost:
+    return Cost(
+        one.answers + other.answers,
+        one.tokens + other.tokens,
+        one.seconds + other.seconds,
+        _sum(one.passes, other.passes),
+        max(filter(None, (one.memory, other.memory)), default=None),
     )
 
 
@@ -196,14 +258,10 @@ def read_costs(paths: Sequence[Path]) -> dict[str, Cost]:
     for line in (line for path in paths for line in path.read_text(encoding="utf-8").splitlines()):
         try:
             row = json.loads(line)
-            before = costs.get(row["arm"], Cost(0, 0, 0.0))
-            costs[row["arm"]] = Cost(
-                before.answers + row["answers"],
-                before.tokens + row["tokens"],
-                before.seconds + row["seconds"],
-                _sum(before.passes, row.get("passes")),
-                max(filter(None, (before.memory, row.get("memory"))), default=None),
+            more = Cost(
+                row["answers"], row["tokens"], row["seconds"], row.get("passes"), row.get("memory")
             )
+            costs[row["arm"]] = _added(costs.get(row["arm"], Cost(0, 0, 0.0)), more)
         except (ValueError, KeyError, TypeError):
             continue  # a kill tears the last line, and timings prove nothing anyway
     return costs

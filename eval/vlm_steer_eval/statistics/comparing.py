@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from vlm_steer.errors import ConfigError
 from vlm_steer_eval.benchmarks.registry import BENCHMARKS, BINARY, discordant
 from vlm_steer_eval.running.arms import controls_among, is_trivial
@@ -48,8 +50,9 @@ def compare_runs(
 
     Returns:
         `arms`: arm -> part -> `n` and `metrics`; `differences`: arm -> part -> metric -> paired
-        difference with `ci95`, `p`, `p_holm` and `p_bh` over the arms; `matched` and
-        `length_adjusted`: arm -> the comparison with the usual excuse removed; `frontier`;
+        difference with `ci95`, `p`, `p_holm` and `p_bh` over the arms that are not trivial;
+        `matched` and `length_adjusted`: arm -> the comparison with the usual excuse removed;
+        `frontier`; `seeds`: arm -> metric -> its value under every seed that was pooled;
         `controls`: arm -> control -> metric -> paired difference to that control; `cost`; and
         `notes` on what could not be compared.
 
@@ -62,7 +65,7 @@ def compare_runs(
             raise ConfigError(f"--trivial {name!r} is no arm; choose among {', '.join(others)}")
     named = [name for name in runs.arms if is_trivial(name) and name != runs.baseline]
     trivial = list(dict.fromkeys([*trivial, *named]))
-    comparison = _Comparison(runs, n_resamples, seed)
+    comparison = _Comparison(runs, trivial, n_resamples, seed)
     return {
         "benchmark": runs.benchmark,
         **runs.scoring,
@@ -75,7 +78,8 @@ def compare_runs(
         "differences": comparison.differences(),
         "matched": comparison.matched(),
         "length_adjusted": comparison.adjusted(),
-        "frontier": comparison.frontier(trivial),
+        "frontier": comparison.frontier(),
+        "seeds": comparison.seeds(),
         "controls": comparison.controls(),
         "cost": comparison.costs(),
         "notes": comparison.notes,
@@ -85,7 +89,7 @@ def compare_runs(
 class _Comparison:
     """The pieces of one comparison."""
 
-    def __init__(self, runs: Runs, n_resamples: int, seed: int) -> None:
+    def __init__(self, runs: Runs, trivial: Sequence[str], n_resamples: int, seed: int) -> None:
         self.metrics = BENCHMARKS[runs.benchmark]
         self.base = runs.arms[runs.baseline]
         self.clusters = [unit.cluster for unit in self.base.units.values()]
@@ -93,6 +97,9 @@ class _Comparison:
         self._runs = runs
         self._resampling: dict[str, int] = {"n_resamples": n_resamples, "seed": seed}
         self._others = {name: arm for name, arm in runs.arms.items() if name != runs.baseline}
+        self._trivial = trivial
+        # What trivial baselines do is no hypothesis, so they take no part in corrections.
+        self._methods = {name: arm for name, arm in self._others.items() if name not in trivial}
 
     def summaries(self) -> dict[str, Any]:
         return {
@@ -115,13 +122,14 @@ class _Comparison:
         }
         for part in self._parts():
             for metric in self.metrics.formulas:
-                _adjust([table[name][part][metric] for name in table])
+                for group in (self._methods, self._trivial):
+                    _adjust([table[name][part][metric] for name in group])
         return table
 
     def matched(self) -> dict[str, Any]:
         """At matched length and recall (CHAIR) or matched yes ratio (POPE)."""
         table: dict[str, Any] = {}
-        for name, arm in self._others.items():
+        for name, arm in self._methods.items():
             found = self._matched_one(arm)
             if found:
                 table[name] = found
@@ -138,7 +146,7 @@ class _Comparison:
         base = _rows(self.base, list(self.base.units))
         table = {
             name: length_adjusted(base, _rows(arm, list(arm.units)), self.clusters)
-            for name, arm in self._others.items()
+            for name, arm in self._methods.items()
         }
         fitted = {name: entry for name, entry in table.items() if entry is not None}
         self.notes += [
@@ -149,14 +157,28 @@ class _Comparison:
         _adjust(list(fitted.values()))
         return fitted
 
-    def frontier(self, trivial: Sequence[str]) -> dict[str, Any] | None:
-        """The verdict against trivial baselines; None where the benchmark has no such trade."""
-        points, axes = self._trivial_points(trivial)
-        methods = {
-            name: _rows(arm, list(arm.units))
-            for name, arm in self._others.items()
-            if name not in trivial
+    def seeds(self) -> dict[str, Any]:
+        """Arm -> metric -> its value under every seed, and their standard deviation."""
+        return {
+            name: {
+                metric: {"values": values, "sd": _spread(values)}
+                for metric, values in self._by_seed(arm).items()
+            }
+            for name, arm in (self._runs.arms.items() if self._runs.seeds else ())
         }
+
+    def _by_seed(self, arm: RunArm) -> dict[str, list[float | None]]:
+        sums = [np.asarray(_rows(arm, units)).sum(0) for units in self._runs.seeds]
+        found = [self.metrics.evaluate(row) for row in sums]
+        return {
+            name: [None if np.isnan(f[name]) else float(f[name]) for f in found]
+            for name in self.metrics.formulas
+        }
+
+    def frontier(self) -> dict[str, Any] | None:
+        """The verdict against trivial baselines; None where the benchmark has no such trade."""
+        points, axes = self._trivial_points()
+        methods = {name: _rows(arm, list(arm.units)) for name, arm in self._methods.items()}
         if axes is None or not methods:
             return None
         return frontier(self.metrics, axes, points, methods, self.clusters, **self._resampling)
@@ -252,13 +274,11 @@ class _Comparison:
     ) -> dict[str, dict[str, Any]]:
         return compare(metrics, before, after, self.clusters, **self._resampling)
 
-    def _trivial_points(
-        self, trivial: Sequence[str]
-    ) -> tuple[dict[str, Sequence[Sequence[float]]], Axes | None]:
+    def _trivial_points(self) -> tuple[dict[str, Sequence[Sequence[float]]], Axes | None]:
         """The baseline, what can be made of it for nothing, and the trivial arms."""
         points: dict[str, Sequence[Sequence[float]]] = {
             name: _rows(self._runs.arms[name], list(self.base.units))
-            for name in (self._runs.baseline, *trivial)
+            for name in (self._runs.baseline, *self._trivial)
         }
         if self._runs.benchmark == "chair":
             return points | self._truncations(), Axes("Recall", "CHAIRi")
@@ -289,6 +309,12 @@ class _Comparison:
     def _note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
+
+
+def _spread(values: Sequence[float | None]) -> float | None:
+    """Standard deviation over seeds; None for a single one, or where one is undefined."""
+    known = [value for value in values if value is not None]
+    return float(np.std(known, ddof=1)) if len(known) == len(values) > 1 else None
 
 
 def _ratio(value: float | None, other: float | None) -> float | None:
