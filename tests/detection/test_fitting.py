@@ -113,8 +113,8 @@ def test_a_saved_detector_is_the_same_bit_for_bit(planted, tmp_path, classifier)
     about = made_for(model, processor)
     saved = FittedDetector(detector, fitted, calibrator, 0.4, about, residual=residual)
     saved = saved.at_base_rate(0.1)
-    saved.save(tmp_path)
-    loaded = FittedDetector.load(tmp_path, model, processor)
+    saved.save_pretrained(tmp_path)
+    loaded = FittedDetector.from_pretrained(tmp_path, model, processor)
     assert loaded.detector == detector
     assert loaded.risk_of(x, words).equal(saved.risk_of(x, words))
     assert loaded.threshold == saved.threshold
@@ -125,41 +125,45 @@ def test_a_saved_detector_is_the_same_bit_for_bit(planted, tmp_path, classifier)
 
 def test_detectors_of_the_first_format_are_read_and_those_of_later_ones_refused(planted, tmp_path):
     x, y = planted
-    FittedDetector(build_detector("svar", {"heads": "each"}), fit_logistic(x, y)).save(tmp_path)
+    FittedDetector(build_detector("svar", {"heads": "each"}), fit_logistic(x, y)).save_pretrained(
+        tmp_path
+    )
     path = tmp_path / "detector.json"
     about = json.loads(path.read_text())
     del about["classifier"], about["fitted_rate"], about["base_rate"]
     path.write_text(json.dumps({**about, "format": "vlm_steer.detector/1"}))
-    assert FittedDetector.load(tmp_path).risk_of(x).equal(fit_logistic(x, y).logits(x))
+    assert FittedDetector.from_pretrained(tmp_path).risk_of(x).equal(fit_logistic(x, y).logits(x))
     path.write_text(json.dumps({**about, "format": "vlm_steer.detector/3"}))
     with pytest.raises(DataError, match="this version of vlm-steer reads"):
-        FittedDetector.load(tmp_path)
+        FittedDetector.from_pretrained(tmp_path)
     path.write_text(json.dumps({**about, "format": "vlm_steer.detector/2", "classifier": "tree"}))
     with pytest.raises(DataError, match="'tree' is unknown"):
-        FittedDetector.load(tmp_path)
+        FittedDetector.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("field", ["layers", "heads", "chat_template", "cue", "family"])
 def test_a_detector_of_another_model_or_template_is_refused(field, tmp_path):
     model, processor = load_tiny()
-    FittedDetector(build_detector("position"), made_for=made_for(model, processor)).save(tmp_path)
+    FittedDetector(build_detector("position"), made_for=made_for(model, processor)).save_pretrained(
+        tmp_path
+    )
     path = tmp_path / "detector.json"
     about = json.loads(path.read_text())
     about["made_for"][field] = "other"
     path.write_text(json.dumps(about))
     with pytest.raises(ConfigError, match=f"{field} other instead of"):
-        FittedDetector.load(tmp_path, model, processor)
+        FittedDetector.from_pretrained(tmp_path, model, processor)
     with pytest.warns(match="another model or template"):
-        FittedDetector.load(tmp_path, model, processor, strict=False)
+        FittedDetector.from_pretrained(tmp_path, model, processor, strict=False)
 
 
 def test_damaged_files_and_unknown_names_are_told(tmp_path):
     with pytest.raises(DataError, match=r"detector\.json"):
-        FittedDetector.load(tmp_path)
-    FittedDetector(build_detector("entropy")).save(tmp_path)
+        FittedDetector.from_pretrained(tmp_path)
+    FittedDetector(build_detector("entropy")).save_pretrained(tmp_path)
     (tmp_path / "detector.safetensors").write_bytes(b"not a tensor")
     with pytest.raises(DataError, match="damaged"):
-        FittedDetector.load(tmp_path)
+        FittedDetector.from_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="Did you mean 'entropy'"):
         build_detector("entropi")
     with pytest.raises(ConfigError, match="no option 'layer'"):

@@ -362,8 +362,10 @@ def test_a_missing_picture_is_named(tiny, tmp_path):
 
 def test_a_detector_of_another_model_is_refused(tiny, tmp_path):
     own = made_for(*tiny)
-    FittedDetector(build_detector("svar"), made_for=own).save(tmp_path / "own")
-    FittedDetector(build_detector("svar"), made_for={**own, "cue": 99}).save(tmp_path / "other")
+    FittedDetector(build_detector("svar"), made_for=own).save_pretrained(tmp_path / "own")
+    FittedDetector(build_detector("svar"), made_for={**own, "cue": 99}).save_pretrained(
+        tmp_path / "other"
+    )
     assert list(load_detectors([tmp_path / "own"], *tiny)) == ["svar"]
     with pytest.raises(ConfigError, match="made for another model"):
         load_detectors([tmp_path / "other"], *tiny)

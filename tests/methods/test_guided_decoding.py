@@ -268,7 +268,7 @@ def test_a_fitted_detector_chooses_the_candidate_to_which_it_gives_the_least_ris
 ) -> None:
     model, processor, inputs = captioning
     fitted = some_detector(model, processor, parts=parts)
-    fitted.save(tmp_path)
+    fitted.save_pretrained(tmp_path)
     sampling = {"do_sample": True, "temperature": 2.0, "max_new_tokens": 6, "min_new_tokens": 6}
     torch.manual_seed(5)
     drawn = model.generate(**inputs, **sampling, top_k=0, num_return_sequences=4)
@@ -289,8 +289,8 @@ def test_a_detector_of_another_model_or_of_something_else_is_refused(
     captioning, family, tmp_path
 ) -> None:
     model, processor, _ = captioning
-    some_detector(model, processor).save(tmp_path / "tiny")
-    some_detector(model, processor, pool="first").save(tmp_path / "first")
+    some_detector(model, processor).save_pretrained(tmp_path / "tiny")
+    some_detector(model, processor, pool="first").save_pretrained(tmp_path / "first")
     with pytest.raises(ConfigError, match="another model: layers 6 instead of 4"):
         vlm_steer.attach(family.model, GuidedDecoding(detector=str(tmp_path / "tiny")))
     with pytest.raises(ConfigError, match="pool: mean"):

@@ -22,6 +22,7 @@ from vlm_steer.calibration import model_shape
 from vlm_steer.detection._inputs import answer_cue
 from vlm_steer.detection.base import Detector, Evidence, Unit, build_detector
 from vlm_steer.detection.fitting import Classifier, Logistic
+from vlm_steer.detection.hub import FILES, fetched, is_hub_name, push
 from vlm_steer.detection.network import Network
 from vlm_steer.detection.place import Residual
 from vlm_steer.detection.probability import CALIBRATORS, Calibrator, moved
@@ -123,7 +124,7 @@ class FittedDetector:
             threshold = float(moved(at, old, base_rate))
         return replace(self, calibrator=calibrator, threshold=threshold)
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``detector.json`` and, where it has any numbers, ``detector.safetensors``.
 
         Raises:
@@ -167,42 +168,69 @@ class FittedDetector:
             "vlm_steer": __version__,
         }
 
+    def push_to_hub(
+        self, repo: str, *, private: bool | None = None, message: str = "Add detector"
+    ) -> str:
+        """Write it into a repository of the Hugging Face hub, made where there is none.
+
+        It names the images that it was fitted on.
+
+        Args:
+            repo: ``OWNER/NAME``.
+            private: Whether a repository that is made is private; ``None`` leaves it to the owner.
+            message: Of the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ConfigError: The hub refuses, or cannot be reached.
+        """
+        return push(self, repo, private=private, message=message)
+
     @classmethod
-    def load(
+    def from_pretrained(
         cls,
-        folder: str | os.PathLike[str],
+        source: str | os.PathLike[str],
         model: Any = None,
         processor: Any = None,
         *,
+        revision: str | None = None,
         strict: bool = True,
     ) -> "FittedDetector":
-        """Read what ``save`` wrote.
+        """Read what ``save_pretrained`` or ``push_to_hub`` wrote.
 
         Args:
-            folder: The folder.
+            source: The folder, or ``OWNER/NAME`` on the Hugging Face hub where there is no such
+                folder.
             model: The model it is to be used on; ``None`` does not compare.
             processor: Its processor.
+            revision: Branch, tag or commit on the hub.
             strict: Refuse another model or template; ``False`` warns.
 
         Raises:
-            DataError: The folder is missing or damaged.
-            ConfigError: The detector was made for another model, or for other prompts.
+            DataError: The folder or repository is missing or damaged.
+            ConfigError: The detector was made for another model, or for other prompts, or a
+                revision was given for a folder.
         """
-        about, tensors = _read(Path(folder))
+        name = os.fspath(source)
+        is_remote = not Path(name).exists() and is_hub_name(name)
+        if revision is not None and not is_remote:
+            raise ConfigError(f"revision {revision} has no effect on the folder {name}")
+        folder = fetched(name, revision) if is_remote else Path(name)
+        about, tensors = _read(folder)
         try:
             found = cls(
                 build_detector(about["detector"], about["options"]),
-                _classifier(about, tensors, os.fspath(folder)),
-                _calibrator(about, tensors, os.fspath(folder)),
+                _classifier(about, tensors, name),
+                _calibrator(about, tensors, name),
                 about["threshold"],
                 about["made_for"],
                 about["made_of"],
                 _residual(tensors),
             )
         except (KeyError, TypeError) as error:
-            raise DataError(
-                f"{os.fspath(folder)} is no whole detector ({error}). Fit it again."
-            ) from error
+            raise DataError(f"{name} is no whole detector ({error}). Fit it again.") from error
         if model is not None:
             found.check(model, processor, strict=strict)
         return found
@@ -232,7 +260,7 @@ class FittedDetector:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    for name in ("detector.json", "detector.safetensors"):
+    for name in FILES:
         if not (folder / name).is_file():
             raise DataError(f"{folder} holds no {name}. Make it with: vlm-steer detect fit.")
     try:

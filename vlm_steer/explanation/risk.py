@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from vlm_steer.detection.base import Detector, Evidence, Unit, build_detector, list_detectors
+from vlm_steer.detection.hub import is_hub_name
 from vlm_steer.detection.recording import Need, trace_answers
 from vlm_steer.detection.store import FittedDetector
 from vlm_steer.detection.trace import Trace
@@ -17,7 +18,7 @@ from vlm_steer.explanation.words import Word
 __all__ = ["DetectorLike", "load_detectors", "position_risk", "with_needs", "word_risks"]
 
 DetectorLike: TypeAlias = str | os.PathLike[str] | Detector | FittedDetector
-"""A name, the folder of a fitted detector, or a detector."""
+"""A name, the folder of a fitted detector or its name on the hub, or a detector."""
 
 
 def load_detectors(
@@ -51,9 +52,10 @@ def _load(given: DetectorLike, model: Any, processor: Any) -> FittedDetector:
         return given
     if isinstance(given, Detector):
         return FittedDetector(given)
-    if os.fspath(given) not in list_detectors() and Path(given).exists():
-        return FittedDetector.load(given, model, processor)
-    return FittedDetector(build_detector(os.fspath(given)))
+    name = os.fspath(given)
+    if name not in list_detectors() and (Path(name).exists() or is_hub_name(name)):
+        return FittedDetector.from_pretrained(given, model, processor)
+    return FittedDetector(build_detector(name))
 
 
 def with_needs(

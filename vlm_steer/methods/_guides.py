@@ -65,7 +65,7 @@ def fitted_guide(path: str, model: "ModelInfo") -> LookbackGuide:
     """
     from vlm_steer.detection import FittedDetector  # it imports methods
 
-    fitted = FittedDetector.load(path)
+    fitted = FittedDetector.from_pretrained(path)
     options = fitted.detector.options()
     if fitted.detector.name != "lookback_ratio" or options["pool"] != "mean":
         raise ConfigError(

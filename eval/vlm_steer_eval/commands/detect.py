@@ -167,6 +167,7 @@ def register(app: typer.Typer) -> None:
         epilog="Example: vlm-steer detect convert classifier_anno-nq-7b_sliding_window_8.pkl "
         "--layers 32 --heads 32 --output detector"
     )(convert)
+    group.command(epilog="Example: vlm-steer detect push detector me/svar-llava --private")(push)
     app.add_typer(group, name="detect")
 
 
@@ -242,7 +243,10 @@ def evaluate(
     loading: Loading,
     detectors: Annotated[
         list[str],
-        typer.Argument(help="Folders of fitted detectors, or names of those without weights."),
+        typer.Argument(
+            help="Folders of fitted detectors or their names on the hub, or names of detectors "
+            "without weights."
+        ),
     ],
     output: OutputFolder,
     model: ModelName = "tiny",
@@ -277,7 +281,10 @@ def evaluate(
 def score(
     loading: Loading,
     detector: Annotated[
-        str, typer.Argument(help="Folder of a fitted detector, or the name of another.")
+        str,
+        typer.Argument(
+            help="Folder of a fitted detector or its name on the hub, or the name of another."
+        ),
     ],
     image: Annotated[list[Path], typer.Option("--image", help="An image file. Repeatable.")],
     model: ModelName = "tiny",
@@ -315,6 +322,8 @@ def score(
         return
     for row in rows:
         typer.echo(f"{row['image']}: {row['text']}")
+        if not row["units"]:
+            typer.echo("  names no object of COCO; --every-token rates every token")
         for unit in row["units"]:
             flag = "  <- flagged" if unit["flagged"] else ""
             typer.echo(f"  {unit['risk']:8.3f}  {unit['text']}{flag}")
@@ -330,5 +339,26 @@ def convert(
     from vlm_steer.detection.pickles import convert_lookback
 
     fitted = convert_lookback(pickle, layers=layers, heads=heads)
-    fitted.save(output)
+    fitted.save_pretrained(output)
     typer.echo(f"{output}: {layers * heads} weights of {pickle.name}")
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a fitted detector.")],
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub.")],
+    private: Annotated[
+        bool | None,
+        typer.Option("--private/--public", help="Who may read a repository that is made."),
+    ] = None,
+    message: Annotated[
+        str, typer.Option("--message", help="Message of the commit.")
+    ] = "Add detector",
+) -> None:
+    """Put a fitted detector on the Hugging Face hub, with the names of the images it was fitted on.
+
+    `score`, `eval` and `explain` take OWNER/NAME where they take the folder of a detector.
+    """
+    from vlm_steer.detection import FittedDetector
+
+    fitted = FittedDetector.from_pretrained(folder)
+    typer.echo(fitted.push_to_hub(repo, private=private, message=message))

@@ -20,6 +20,7 @@ from vlm_steer.detection import (
     trace_answers,
     trace_generation,
 )
+from vlm_steer.detection.hub import is_hub_name
 from vlm_steer.errors import ConfigError
 from vlm_steer.generation import answer_ids, encode, render_prompt
 from vlm_steer.images import open_image
@@ -83,7 +84,7 @@ def fit_and_judge(
     folders = []
     for name in detectors:
         folders.append(output if len(detectors) == 1 else output / name)
-        fitted[name].save(folders[-1])
+        fitted[name].save_pretrained(folders[-1])
     test = data.where(torch.tensor([part == "test" for part in parts]))
     result = evaluate(fitted, test, n_resamples=resamples, seed=recipe.seed)
     return _report(result, data, output), folders
@@ -158,9 +159,9 @@ def _loaded(
     for name in names:
         if name in plain:
             continue
-        if not Path(name).is_dir():
+        if not Path(name).is_dir() and not is_hub_name(name):
             build_detector(name)  # says which names there are
-        fitted = FittedDetector.load(name, model, processor)
+        fitted = FittedDetector.from_pretrained(name, model, processor)
         key = fitted.detector.name
         if base_rate is not None:
             fitted = fitted.at_base_rate(base_rate)
