@@ -17,7 +17,12 @@ from vlm_steer_eval.benchmarks.chair import TableNormaliser
 from vlm_steer_eval.benchmarks.vocabulary import ObjectVocabulary
 from vlm_steer_eval.detection.command import parse_detectors
 from vlm_steer_eval.detection.data import Collected, split_images
-from vlm_steer_eval.detection.drop import drop_curve, without_risky_sentences
+from vlm_steer_eval.detection.drop import (
+    Dropping,
+    cut_short,
+    drop_curves,
+    without_risky_sentences,
+)
 from vlm_steer_eval.detection.labels import labelled_texts, mention_units
 from vlm_steer_eval.detection.run import Recipe, evaluate, fit, refuse_leakage, table
 from vlm_steer_eval.detection.stats import Labels, best_threshold, calibration_error, evaluate_risk
@@ -106,20 +111,50 @@ def test_sentences_of_flagged_mentions_are_dropped():
     assert without_risky_sentences(text, units, [True] * 3) == ""
 
 
-def test_dropping_what_is_wrong_lowers_chair_and_keeps_recall():
-    texts = {"1": "A dog runs. A cat sleeps.", "2": "A dog. A car."}
-    truth = {"1": frozenset({"dog"}), "2": frozenset({"dog", "car"})}
+def test_captions_are_cut_before_their_first_flagged_mention():
+    text = "A dog runs. A cat sleeps! The car"
+    units = mention_units(written(text), READER, set())
+    assert cut_short(text, units, [False, True, True]) == "A dog runs. A"
+    assert cut_short(text, units, [False] * 3) == text
+
+
+def dropping_of(texts: dict[str, str], truth: dict[str, frozenset[str]]) -> Dropping:
     units, items = [], []
     for item, text in texts.items():
         found = mention_units(written(text), READER, truth[item])
         units += found
         items += [item] * len(found)
-    data = Collected(units, items, items, {}, texts)
-    risk = np.array([float(unit.label) for unit in units])
-    whole, dropped = drop_curve(risk, data, truth, READER, shares=(0.0, 0.25), n_resamples=20)
-    assert whole["CHAIRi"]["value"] == 0.25
+    return Dropping(Collected(units, items, items, {}, texts), truth, READER)
+
+
+def test_dropping_what_is_wrong_lowers_chair_and_keeps_recall():
+    texts = {"1": "A cat sleeps. A dog runs.", "2": "A dog. A car."}
+    truth = {"1": frozenset({"dog"}), "2": frozenset({"dog", "car"})}
+    dropping = dropping_of(texts, truth)
+    risk = dropping.data.labels.numpy().astype(float)
+    found = drop_curves({"perfect": risk}, dropping, shares=(0.25,), n_resamples=20)
+    (dropped,) = found["detectors"]["perfect"]
+    assert found["whole"]["CHAIRi"]["value"] == 0.25
     assert dropped["CHAIRi"]["value"] == 0
-    assert whole["Recall"]["value"] == dropped["Recall"]["value"] == 1
+    assert found["whole"]["Recall"]["value"] == dropped["Recall"]["value"] == 1
+    assert dropped["against_trivial"]["gap"] == 0.25
+
+
+def test_dropping_the_last_sentences_is_no_better_than_doing_so_by_position():
+    # In every caption the last of four objects is missing from the image.
+    texts = {str(i): "A dog. A car. A bench. A cat." for i in range(30)}
+    truth = {item: frozenset({"dog", "car", "bench"}) for item in texts}
+    dropping = dropping_of(texts, truth)
+    labels, word = dropping.data.labels.numpy().astype(float), dropping.data.words.numpy()
+    found = drop_curves(
+        {"place": word, "wrong": -labels}, dropping, shares=(0.25,), n_resamples=100
+    )
+    assert found["trivial"]["position"][0]["CHAIRi"]["value"] == 0
+    assert found["trivial"]["cut short"][0]["CHAIRi"]["value"] == 0
+    assert found["trivial"]["random"][0]["CHAIRi"]["value"] == pytest.approx(0.25, abs=0.05)
+    place, wrong = (found["detectors"][name][0]["against_trivial"] for name in ("place", "wrong"))
+    assert (place["gap"], place["verdict"]) == (0, "not distinguishable")
+    assert (wrong["gap"] < 0, wrong["verdict"]) == (True, "behind")
 
 
 def planted(n_images=120, per_image=6, place=0.0, signal=0.0, seed=0) -> Collected:
@@ -287,8 +322,15 @@ def test_one_sided_and_broken_data_are_told():
         one.as_labels()
     with pytest.raises(DataError, match="not finite"):
         evaluate_risk(np.full(180, np.nan), data.as_labels())
-    with pytest.raises(DataError, match="cannot be told apart"):
+    with pytest.raises(DataError, match=r"entropy, train images: .* cannot be told apart"):
         fit(build_detector("entropy"), data.where(torch.arange(180) < 12), {})
+    broken = data.features["entropy"].clone()
+    broken[100] = torch.nan
+    data = dataclasses.replace(data, features={"entropy": broken})
+    with pytest.raises(DataError, match="entropy, train images: 1 features are not finite"):
+        fit(build_detector("entropy"), data, {}, parts=["train"] * 150 + ["calibration"] * 30)
+    with pytest.raises(DataError, match="entropy: 1 of 180 risks are not finite"):
+        evaluate({"entropy": FittedDetector(build_detector("entropy"))}, data)
 
 
 def test_labelled_texts_are_checked_row_by_row(tmp_path):

@@ -1,6 +1,7 @@
 """Fitting detectors and judging them, on images that fitting has not seen."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -101,9 +102,11 @@ def fit(
         data.where(torch.tensor([part == name for part in parts])) for name in PARTS[:2]
     )
     name = detector.name if name is None else name
-    plain, about = _fit_weights(detector, train.features[name], train, recipe)
-    raw = plain.raw(calibration.features[name], calibration.words)
-    calibrated = fit_calibrator(recipe.calibrator, raw, calibration.labels)
+    with _naming(f"{name}, {PARTS[0]} images"):
+        plain, about = _fit_weights(detector, train.features[name], train, recipe)
+    with _naming(f"{name}, {PARTS[1]} images"):
+        raw = plain.raw(calibration.features[name], calibration.words)
+        calibrated = fit_calibrator(recipe.calibrator, raw, calibration.labels)
     risk = calibrated(raw).numpy()
     return replace(
         plain,
@@ -121,6 +124,15 @@ def fit(
             },
         },
     )
+
+
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Say what data are at fault."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{what}: {error}") from error
 
 
 def _fit_weights(
@@ -218,17 +230,18 @@ def evaluate(
     found = {}
     for name, detector in detectors.items():
         refuse_leakage(detector, data)
-        raw = detector.raw(data.features[name], data.words)
-        calibrated = None if detector.calibrator is None else detector.calibrator(raw).numpy()
-        found[name] = evaluate_risk(
-            raw.numpy(),
-            labels,
-            probability=calibrated,
-            threshold=detector.threshold,
-            is_control=name in CONTROLS,
-            n_resamples=n_resamples,
-            seed=seed,
-        )
+        with _naming(name):
+            raw = detector.raw(data.features[name], data.words)
+            calibrated = None if detector.calibrator is None else detector.calibrator(raw).numpy()
+            found[name] = evaluate_risk(
+                raw.numpy(),
+                labels,
+                probability=calibrated,
+                threshold=detector.threshold,
+                is_control=name in CONTROLS,
+                n_resamples=n_resamples,
+                seed=seed,
+            )
     return {
         "detectors": found,
         "n_units": len(data.units),
