@@ -220,6 +220,43 @@ def test_eval_pope_on_local_files_writes_everything_and_continues(
     assert (output / "generations.jsonl").read_bytes() == log
 
 
+def test_a_finished_run_is_scored_by_other_rules_and_labels_without_a_model(
+    command, question_file, image_folder, tmp_path, monkeypatch
+):
+    first, second = tmp_path / "first", tmp_path / "second"
+    data = ["--questions", question_file, "--images", image_folder, "--resamples", 50]
+    generate = ["eval", "pope", *data, "--max-new-tokens", 2]
+    trivial = "pai,trivial:min_new_tokens=2"
+    assert command(*generate, "--methods", trivial, "--output", first)[0] == 0
+
+    def refuse(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("vlm_steer.loading.load_model", refuse)
+    rows = [json.loads(line) for line in question_file.read_text().splitlines()]
+    flipped = [{**row, "label": "no" if row["label"] == "yes" else "yes"} for row in rows[1:]]
+    question_file.write_text("".join(json.dumps(row) + "\n" for row in flipped))
+    rescore = ["eval", "pope", *data, "--rescore", first, "--output", second]
+    code, _, err = command(*rescore, "--parser", "official")
+    assert code == 0, err
+    before, after = (
+        [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+        for folder in (first, second)
+    )
+    kept = [row for row in before if row["item"] != before[0]["item"]]
+    assert [row["text"] for row in after] == [row["text"] for row in kept]
+    assert all(a["label"] != b["label"] for a, b in zip(after, kept, strict=True))
+    scores = json.loads((second / "scores.json").read_text())
+    assert (scores["parser"], scores["n_items"]) == ("official", 7)
+    assert list(scores["arms"]) == ["none", "pai", "trivial:min_new_tokens=2"]
+    code, _, err = command(*rescore, "--suffix", " One word.")
+    assert code == 1
+    assert "no answer of the arm none to 7 of 7 items" in err
+    assert command(*rescore, "--methods", "vcd")[0] == 2
+    (image_folder / "scene_3.png").write_bytes((image_folder / "scene_2.png").read_bytes())
+    assert command(*rescore)[0] == 1  # another picture is another question
+
+
 def test_a_bad_image_exits_with_1_after_everything_else_is_scored(
     command, question_file, image_folder, tmp_path
 ):

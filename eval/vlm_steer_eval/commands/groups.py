@@ -25,6 +25,7 @@ from .options import (
     PresetName,
     Repeat,
     Resamples,
+    Rescore,
     RunOutput,
     SkipBadImages,
     Temperature,
@@ -62,6 +63,7 @@ class RunOptions(groups.Loading):
     batch_size: BatchSize = 16
     skip_bad_images: SkipBadImages = False
     repeat: Repeat = None
+    rescore: Rescore = None
     applied: AppliedPreset | None = None
 
     def arms(self) -> "list[Arm]":

@@ -46,6 +46,7 @@ __all__ = [
     "RatingOption",
     "Repeat",
     "Resamples",
+    "Rescore",
     "RunOutput",
     "SharePrefix",
     "SkipBadImages",
@@ -191,6 +192,14 @@ Repeat = Annotated[
     typer.Option(
         "--repeat",
         help="Answer again with these batch sizes, such as 1,4, and count what changes.",
+    ),
+]
+Rescore = Annotated[
+    Path | None,
+    typer.Option(
+        "--rescore",
+        metavar="RUN",
+        help="Score the answers that a run has logged, by other rules or labels, without a model.",
     ),
 ]
 SkipBadImages = Annotated[

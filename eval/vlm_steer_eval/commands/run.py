@@ -1,6 +1,7 @@
 """What the commands that run a benchmark have in common."""
 
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 _SHOWN_FAILURES = 10
+_WITHOUT_MODEL = ("model", "methods", "controls", "trivial", "deterministic", "repeat")
 
 
 def run_and_show(task: "Task", run: "RunOptions", *, share_prefix: bool = False) -> None:
@@ -41,6 +43,9 @@ def run_and_show(task: "Task", run: "RunOptions", *, share_prefix: bool = False)
     from vlm_steer_eval.running.parts import RemoteLogs, remote_url
     from vlm_steer_eval.running.workers import workers_from_environment
 
+    if run.rescore is not None:
+        _rescore(task, run, run.rescore)
+        return
     workers = workers_from_environment()
     url = remote_url(run.output)
     if url is None:
@@ -119,9 +124,37 @@ def _run(
         )
         write_json(output / "repeat.json", report)
         typer.echo("\n".join(repeat_lines(report)))
-    shown = run.output if logs is None else logs.url
+    _tell_where(task, run, result.run.failures, run.output if logs is None else logs.url)
+
+
+def _rescore(task: "Task", run: "RunOptions", source: Path) -> None:
+    """Score what a run has logged."""
+    from vlm_steer_eval.files import write_json
+    from vlm_steer_eval.running.parts import local_copy
+    from vlm_steer_eval.running.pipeline import write_results
+    from vlm_steer_eval.running.rescoring import logged_run
+    from vlm_steer_eval.running.runner import RUN_NAME
+
+    with local_copy(source, (RUN_NAME, "generations*.jsonl")) as folder:
+        logged = logged_run(task, folder)
+    write_json(run.output / RUN_NAME, logged.provenance)
+    result = write_results(
+        task,
+        logged,
+        run.output,
+        model_name=str(logged.provenance["model"]["name"]),
+        n_resamples=run.resamples,
+        seed=run.seed,
+        preset=run.applied,
+    )
+    typer.echo(result.table, nl=False)
+    _tell_where(task, run, logged.failures, run.output)
+
+
+def _tell_where(
+    task: "Task", run: "RunOptions", failures: Sequence[Mapping[str, str]], shown: object
+) -> None:
     typer.echo(f"results: {shown}")
-    failures = result.run.failures
     for failure in failures[:_SHOWN_FAILURES]:
         typer.echo(f"note: left out {failure['item']}: {failure['error']}", err=True)
     if failures and not run.skip_bad_images:
@@ -139,6 +172,14 @@ def check_early(run: "RunOptions") -> None:
 
     run.arms()
     run.settings()
+    if run.rescore is not None:
+        written = [
+            name for name in _WITHOUT_MODEL if getattr(run, name) != getattr(type(run), name)
+        ]
+        if written:
+            raise ConfigError(
+                f"--rescore takes the arms of a finished run as they are; leave out --{written[0]}"
+            )
     if run.repeat is not None:
         parse_sizes(run.repeat, run.batch_size)
         if run.deterministic:

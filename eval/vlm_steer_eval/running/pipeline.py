@@ -23,7 +23,7 @@ from .results import evaluate, sample_rows, score_all, units
 from .runner import RunResult, run_arms
 from .workers import Workers
 
-__all__ = ["Evaluation", "run_benchmark"]
+__all__ = ["Evaluation", "run_benchmark", "write_results"]
 
 _TABLE_WIDTH = 200
 
@@ -103,6 +103,28 @@ def run_benchmark(
         workers=workers,
         logs=logs,
     )
+    return write_results(
+        task,
+        run,
+        output,
+        model_name=model_name,
+        n_resamples=n_resamples,
+        seed=seed,
+        preset=preset,
+    )
+
+
+def write_results(
+    task: Task,
+    run: RunResult,
+    output: Path,
+    *,
+    model_name: str,
+    n_resamples: int = 10_000,
+    seed: int = 0,
+    preset: AppliedPreset | None = None,
+) -> Evaluation:
+    """Score the answers of a run and write all result files; see `run_benchmark`."""
     scores = score_all(task, run)
     summary = evaluate(task, run, scores, n_resamples=n_resamples, seed=seed)
     if preset is not None:

@@ -27,7 +27,7 @@ from .measuring import Measured, measured
 from .parts import LocalLogs, Log, Logs
 from .workers import Workers
 
-__all__ = ["RunResult", "check_images", "run_arms"]
+__all__ = ["RUN_NAME", "RunResult", "answer_key", "check_images", "run_arms"]
 
 RUN_NAME = "run.json"
 TIMINGS_NAME = "timings.jsonl"
@@ -341,14 +341,7 @@ class _ArmRun:
             )
 
     def _key(self, item: Item, prompt: str) -> str:
-        return content_key(
-            {
-                **self._common,
-                "item": item.id,
-                "prompt": prompt,
-                "image": self._digests[item.id],
-            }
-        )
+        return answer_key(self._common, item.id, prompt, self._digests[item.id])
 
     def _record(
         self, item: Item, key: str, prompt: str, answer: Output, changed: bool | None
@@ -392,6 +385,18 @@ def _refuse_other_benchmark(path: Path, name: str) -> None:
         raise ConfigError(
             f"{path.parent} holds a run of {earlier}; give the run of {name} another --output"
         )
+
+
+def answer_key(common: Mapping[str, Any], item: str, prompt: str, digest: str) -> str:
+    """The key of an answer: a hash over everything that it depends on.
+
+    Args:
+        common: model, versions, settings and methods.
+        item: its item.
+        prompt: the whole prompt.
+        digest: hash of the image.
+    """
+    return content_key({**common, "item": item, "prompt": prompt, "image": digest})
 
 
 def check_images(items: Sequence[Item]) -> tuple[dict[str, str], list[dict[str, str]]]:
