@@ -113,6 +113,18 @@ def test_results_at_an_address_are_those_of_a_folder(
     names = [f"{url.rpartition('/')[2]}/none", "local/none"]
     assert list(found["arms"]) == list(found["cost"]) == names
     assert found["arms"][names[0]] == found["arms"][names[1]]
+    assert _main("compare", url, tmp_path / "local", "--output", f"{url}/compared") == 2
+    assert "give one, and copy it" in capsys.readouterr().err
+    judged = (
+        "--questions",
+        question_file,
+        "--images",
+        image_folder,
+        "--judge",
+        "endpoint:m@http://x",
+    )
+    assert _main("eval", "hallusionbench", *judged, "--output", url) == 2
+    assert "--judge keeps replies" in capsys.readouterr().err
     assert _main("compare", f"{url}/nothing", url, "--output", output) == 1
     assert f"{url}/nothing holds no scores.json" in capsys.readouterr().err
 

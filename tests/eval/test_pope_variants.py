@@ -62,7 +62,7 @@ def test_captions_are_read_in_whole_words_by_default():
 
 def test_an_image_without_or_with_two_captions_is_named(question_file, tmp_path):
     captions = _write(tmp_path / "c.jsonl", [{"image_id": "scene_0.png", "caption": "a car"}])
-    with pytest.raises(DataError, match="no caption of 3 images"):
+    with pytest.raises(DataError, match="no caption for 3 of the 4 images"):
         score_opope(captions, question_file)
     result = score_opope(captions, question_file, missing="exclude", n_resamples=5)
     assert _values(result)["accuracy"] == 1

@@ -17,7 +17,7 @@ from vlm_steer_eval.statistics.metrics import Floats, MetricSet, ratio, summaris
 
 from .chair import TableNormaliser
 from .pope import POPE_METRICS, Answer, parse_answer, pope_counts
-from .questions import PopeQuestion, list_some, load_questions
+from .questions import PopeQuestion, check_answered, load_questions
 from .scoring import load_captions, summarise_parts, write_scores
 from .vocabulary import ObjectVocabulary, plural
 
@@ -81,14 +81,17 @@ def score_opope(
     asked = load_questions(questions)
     objects = {question.id: _object(questions, question) for question in asked}
     given = _by_image(captions)
-    silent = sorted({question.image for question in asked if question.cluster not in given})
+    silent = check_answered(
+        captions,
+        given,
+        sorted({question.cluster for question in asked}),
+        asked=f"images of {questions}",
+        id_name="image ",
+        answer="caption",
+        advice="produce them, or pass --missing exclude to leave their questions out",
+        missing=missing,
+    )
     kept = [question for question in asked if question.cluster in given]
-    if silent and (missing == "error" or not kept):
-        raise DataError(
-            f"{captions} has no caption of {len(silent)} images of {questions} "
-            f"({list_some(silent)}); produce them, or pass --missing exclude to leave their "
-            "questions out"
-        )
     rule = mentions_by_word if reader == "halc" else mentions_by_table(ObjectVocabulary.coco())
     said: list[Answer] = ["yes" if rule(objects[q.id], given[q.cluster]) else "no" for q in kept]
     counts = [

@@ -124,6 +124,7 @@ def check_answered(
     asked: str,
     advice: str,
     id_name: str = "",
+    answer: str = "answer",
     missing: Missing = "error",
 ) -> list[str]:
     """The questions without an answer, where they may be left out.
@@ -135,6 +136,7 @@ def check_answered(
         asked: what was asked, in the plural.
         advice: what to do about it.
         id_name: what the ids are called, with a space behind it.
+        answer: what an answer is called.
         missing: what to do; that nothing at all is answered is always an error.
 
     Raises:
@@ -143,7 +145,7 @@ def check_answered(
     unanswered = [name for name in ids if name not in given]
     if unanswered and (missing == "error" or len(unanswered) == len(ids)):
         raise DataError(
-            f"{answers} has no answer for {len(unanswered)} of the {len(ids)} {asked} "
+            f"{answers} has no {answer} for {len(unanswered)} of the {len(ids)} {asked} "
             f"({id_name}{list_some(unanswered)}); {advice}"
         )
     return unanswered

@@ -61,7 +61,20 @@ __all__ = [
     "Unanswered",
 ]
 
-OutputFolder = Annotated[Path, typer.Option("--output", help="Folder for the results.")]
+
+def _refuse_address(output: Path) -> Path:
+    from vlm_steer.errors import ConfigError
+    from vlm_steer_eval.running.parts import remote_url
+
+    url = remote_url(output)
+    if url is not None:
+        raise ConfigError(f"--output {url}: these results go to a folder; give one, and copy it")
+    return output
+
+
+OutputFolder = Annotated[
+    Path, typer.Option("--output", help="Folder for the results.", callback=_refuse_address)
+]
 RunOutput = Annotated[
     Path,
     typer.Option("--output", help="Folder for the results, or an address such as s3://bucket/run."),

@@ -25,7 +25,7 @@ from .options import (
     Suffix,
     TaskImages,
 )
-from .run import check_early, refuse_on_scenes, required_folder, run_and_show
+from .run import check_early, chosen_judge, refuse_on_scenes, required_folder, run_and_show
 
 __all__ = [
     "eval_amber",
@@ -110,7 +110,6 @@ def eval_hallusionbench(
     share_prefix: SharePrefix = True,
 ) -> None:
     """Run HallusionBench, read by yes and no or by a judge."""
-    from vlm_steer_eval.benchmarks.judge import load_judge
     from vlm_steer_eval.benchmarks.published import hallusion_task
 
     check_early(run)
@@ -119,7 +118,7 @@ def eval_hallusionbench(
         images,
         parser=parser,
         images_only=images_only,
-        judge=None if judge is None else load_judge(judge, run.output / "judge.jsonl"),
+        judge=None if judge is None else chosen_judge(judge, run.output),
         limit=run.limit,
         seed=run.seed,
         suffix=suffix,
@@ -140,11 +139,10 @@ def eval_mmhal(
     reading: RatingOption = "robust",
 ) -> None:
     """Run MMHal-Bench and let a judge rate the answers."""
-    from vlm_steer_eval.benchmarks.judge import load_judge
     from vlm_steer_eval.benchmarks.published import mmhal_task
 
     check_early(run)
-    rater = load_judge(judge, run.output / "judge.jsonl")
+    rater = chosen_judge(judge, run.output)
     task = mmhal_task(template, images, rater, reading=reading, limit=run.limit, seed=run.seed)
     run_and_show(task, run)
 

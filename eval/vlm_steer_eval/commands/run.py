@@ -12,6 +12,7 @@ from vlm_steer_eval.choices import NormaliserName
 
 if TYPE_CHECKING:
     from vlm_steer_eval.benchmarks.chair import Normaliser
+    from vlm_steer_eval.benchmarks.judge import Judge
     from vlm_steer_eval.benchmarks.pope_builder import Strategy
     from vlm_steer_eval.benchmarks.tasks import Task
     from vlm_steer_eval.running.parts import RemoteLogs
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_early",
+    "chosen_judge",
     "chosen_normaliser",
     "chosen_splits",
     "refuse_on_scenes",
@@ -210,6 +212,19 @@ def chosen_normaliser(
     from vlm_steer_eval.benchmarks.scoring import make_normaliser
 
     return make_normaliser(normaliser, synonyms, lemmas)
+
+
+def chosen_judge(spec: str, output: Path) -> "Judge":
+    """The judge that an option names; its replies are kept in the folder of the results."""
+    from vlm_steer_eval.benchmarks.judge import load_judge
+    from vlm_steer_eval.running.parts import remote_url
+
+    if remote_url(output) is not None:
+        raise ConfigError(
+            f"--judge keeps replies in a file that grows, which --output {remote_url(output)} "
+            "cannot hold; give a folder"
+        )
+    return load_judge(spec, output / "judge.jsonl")
 
 
 def refuse_several_sources(**sources: object) -> None:

@@ -27,6 +27,7 @@ from .options import (
     RatingOption,
     Synonyms,
 )
+from .run import chosen_judge
 
 __all__ = [
     "score_amber",
@@ -197,9 +198,8 @@ def score_hallusionbench(
 ) -> None:
     """Score HallusionBench by the yes or no in the answers, or by a judge."""
     from vlm_steer_eval.benchmarks.hallusionbench import score_hallusionbench as score
-    from vlm_steer_eval.benchmarks.judge import load_judge
 
-    rater = None if judge is None else load_judge(judge, results.output / "judge.jsonl")
+    rater = None if judge is None else chosen_judge(judge, results.output)
     result = score(
         questions,
         answers,
@@ -272,10 +272,9 @@ def score_mmhal(
     reading: RatingOption = "robust",
 ) -> None:
     """Score MMHal-Bench by a judge; replies of an endpoint are kept in the output folder."""
-    from vlm_steer_eval.benchmarks.judge import load_judge
     from vlm_steer_eval.benchmarks.mmhal import score_mmhal as score
 
-    rater = load_judge(judge, results.output / "judge.jsonl")
+    rater = chosen_judge(judge, results.output)
     result = score(responses, rater, reading=reading, **results.keywords())
     _show(result, f"MMHal-Bench, judge {rater.name}, n = {result['n']}")
     if result["metrics"]["unrated"]["value"]:

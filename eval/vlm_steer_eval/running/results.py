@@ -14,7 +14,7 @@ from vlm_steer_eval.statistics.closed_form import holm, mcnemar
 from vlm_steer_eval.statistics.counts import Unit
 from vlm_steer_eval.statistics.metrics import compare, summarise
 
-from .arms import BASELINE
+from .arms import BASELINE, is_trivial
 from .runner import RunResult
 
 __all__ = ["ALL", "Scores", "auroc", "evaluate", "sample_rows", "score_all", "units"]
@@ -211,14 +211,17 @@ def _difference(
 
 
 def _adjust(differences: Mapping[str, Mapping[str, Mapping[str, dict[str, Any]]]]) -> None:
-    """Add Holm's adjusted p over the arms, separately for every split and metric."""
-    arms = list(differences)
-    for split in differences[arms[0]] if arms else ():
-        for metric in differences[arms[0]][split]:
-            entries = [differences[arm][split][metric] for arm in arms]
-            tested = [entry for entry in entries if entry["p"] is not None]
-            for entry, p in zip(tested, holm([e["p"] for e in tested]), strict=True):
-                entry["p_holm"] = p
+    """Add Holm's adjusted p over the arms, separately for every split and metric.
+
+    Trivial baselines are no hypotheses, so they are corrected apart.
+    """
+    for trivial in (False, True):
+        tables = [table for arm, table in differences.items() if is_trivial(arm) == trivial]
+        for split in tables[0] if tables else ():
+            for metric in tables[0][split]:
+                tested = [t[split][metric] for t in tables if t[split][metric]["p"] is not None]
+                for entry, p in zip(tested, holm([e["p"] for e in tested]), strict=True):
+                    entry["p_holm"] = p
 
 
 def _idle_arms(run: RunResult) -> list[str]:
