@@ -199,6 +199,38 @@ def test_every_picture_has_an_overlay_on_one_scale(opened, result):
     assert page.locator(".word.looks").count() > 0
 
 
+def test_arrow_keys_reach_what_a_pointer_reaches(opened, result):
+    page = opened()
+    word(page, 4).click()
+    page.locator("#overlay-0").focus()
+    for key in ("ArrowRight", "ArrowUp"):
+        page.keyboard.press(key)
+    assert page.locator("#lookers").inner_text().startswith("Looked there most: ")
+    assert page.locator(".word.looks").count() > 0
+    page.keyboard.press("Escape")
+    assert page.locator(".word.looks").count() == 0
+    page.locator("#heads").focus()
+    for key in ("ArrowRight", "ArrowUp", "ArrowUp"):
+        page.keyboard.press(key)
+    mass = result.head_map(4)[2, 0]
+    told = page.locator("#head-cell").inner_text()
+    assert told.startswith("layer 2, head 0: ")
+    assert float(told.split()[-5]) == pytest.approx(100 * mass, abs=0.5)
+
+
+def test_everything_that_acts_can_be_reached_by_tab(opened):
+    page = opened()
+    reached = set()
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        reached.add(
+            page.evaluate("() => document.activeElement.id || document.activeElement.className")
+        )
+    controls = {"band", "mode", "palette", "opacity", "detector", "threshold"}
+    assert controls | {"overlay-0", "heads", "scroll"} <= reached
+    assert any(name.startswith("word") for name in reached)
+
+
 def test_dark_mode_is_dark(opened):
     page = opened(color_scheme="dark")
     red = page.evaluate("() => getComputedStyle(document.body).backgroundColor.match(/[0-9]+/)[0]")

@@ -17,7 +17,21 @@
     cividis: ["00224e", "123570", "3b496c", "575d6d", "707173", "8a8678", "a59c74", "c3b369", "e1cc55", "fee838"],
   };
   const BLOCKS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#999999", "#56b4e9", "#d55e00", "#f0e442"];
-  const view = { arm: page.arms.length - 1, word: -1, locked: false, spot: null };
+  const view = { arm: page.arms.length - 1, word: -1, locked: false, spot: null, cell: null };
+  const within = (value, low, high) => Math.min(Math.max(value, low), high);
+
+  // What a pointer reaches in a drawing, arrow keys reach too.
+  function onArrows(target, step, leave) {
+    target.tabIndex = 0;
+    target.addEventListener("keydown", (event) => {
+      if (event.ctrlKey || event.metaKey || event.altKey) return;
+      if (event.key === "Escape") { leave(); return; }
+      const by = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowDown: [0, 1], ArrowUp: [0, -1] }[event.key];
+      if (!by) return;
+      event.preventDefault();
+      step(...by);
+    });
+  }
 
   // Maps: one byte per image token, in units of the largest; attention to sinks lies beside them.
   const maps = page.arms.map((arm) => {
@@ -319,6 +333,22 @@
     return target.getContext("2d");
   }
 
+  function headShare(r, c) {
+    const arm = page.arms[view.arm];
+    return (heads[view.arm][(view.word * arm.layers.length + r) * arm.n_heads + c] / 255) * arm.heads.tops[view.word];
+  }
+  const headText = (r, c) => `layer ${page.arms[view.arm].layers[r]}, head ${c}: ${percent(headShare(r, c))} on the image`;
+
+  // From head to head; upwards are later layers.
+  function toHead(dx, dy) {
+    const arm = page.arms[view.arm];
+    if (view.word < 0 || view.word >= arm.heads.tops.length) return;
+    const [r, c] = view.cell || [0, -dx];
+    view.cell = [within(r - dy, 0, arm.layers.length - 1), within(c + dx, 0, arm.n_heads - 1)];
+    drawHeads();
+    $("head-cell").textContent = headText(...view.cell);
+  }
+
   function drawHeads() {
     const arm = page.arms[view.arm], target = $("heads");
     const rows = arm.layers.length, columns = arm.n_heads;
@@ -329,7 +359,7 @@
       $("heads-caption").textContent = "Heads are not kept for this word.";
       return;
     }
-    const share = (r, c) => (heads[view.arm][(view.word * rows + r) * columns + c] / 255) * arm.heads.tops[view.word];
+    const share = headShare;
     let best = [0, 0];
     for (let r = 0; r < rows; r++)
       for (let c = 0; c < columns; c++) {
@@ -338,12 +368,18 @@
         const x = Math.floor((c * target.width) / columns), y = Math.floor(((rows - 1 - r) * target.height) / rows);
         pen.fillRect(x, y, Math.ceil(target.width / columns), Math.ceil(target.height / rows));
       }
+    if (view.cell) {
+      const [r, c] = view.cell, wide = target.width / columns, high = target.height / rows;
+      pen.strokeStyle = "#fff";
+      pen.lineWidth = 3;
+      pen.strokeRect(c * wide + 1, (rows - 1 - r) * high + 1, wide - 2, high - 2);
+    }
     const strongest = `strongest: layer ${arm.layers[best[0]]}, head ${best[1]} with ${percent(share(...best))} of its attention on the image`;
     target.setAttribute("aria-label", `Attention on the image by layer and head for the word ${wordText(view.arm, view.word)}; ${strongest}`);
     $("heads-caption").textContent = `Rows are layers, the first at the bottom; columns are heads; ${strongest}.`;
     target.onpointermove = (event) => {
       const c = Math.floor((event.offsetX / target.clientWidth) * columns), r = rows - 1 - Math.floor((event.offsetY / target.clientHeight) * rows);
-      if (r >= 0 && r < rows && c >= 0 && c < columns) target.title = `layer ${arm.layers[r]}, head ${c}: ${percent(share(r, c))} on the image`;
+      if (r >= 0 && r < rows && c >= 0 && c < columns) target.title = headText(r, c);
     };
   }
 
@@ -419,6 +455,8 @@
       const limit = [...seen].sort((p, q) => q - p)[Math.min(4, seen.length - 1)];
       seen.forEach((v, w) => buttons[a][w].classList.toggle("looks", v > 0 && v >= limit));
     });
+    const looking = buttons.flat().filter((button) => button.classList.contains("looks")).map((button) => button.textContent);
+    $("lookers").textContent = view.spot ? `Looked there most: ${looking.join(", ") || "no word"}.` : "";
     drawOverlays();
   }
 
@@ -439,9 +477,15 @@
       view.spot = { picture: number, x: event.offsetX / canvas.clientWidth, y: event.offsetY / canvas.clientHeight };
       markLookers();
     }));
+    views.forEach(({ canvas, number }) => onArrows(canvas, (dx, dy) => {
+      const { x, y } = view.spot && view.spot.picture === number ? view.spot : { x: 0.5, y: 0.5 };
+      view.spot = { picture: number, x: within(x + dx / 20, 0, 0.999), y: within(y + dy / 20, 0, 0.999) };
+      markLookers();
+    }, () => { view.spot = null; markLookers(); }));
     drawScale();
     drawOverlays();
   }
+  onArrows($("heads"), toHead, () => { view.cell = null; drawHeads(); $("head-cell").textContent = ""; });
   drawTimeline();
   window.addEventListener("resize", () => { drawHeads(); drawTimeline(); });
 })();
