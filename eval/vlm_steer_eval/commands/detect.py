@@ -16,11 +16,8 @@ from vlm_steer.commands.options import (
 from vlm_steer.errors import ConfigError
 
 from .options import EmbeddedScenes, ImageFolder, Images, OutputFolder, Resamples, Tokens
-from .run import (
-    refuse_on_scenes,
-    refuse_several_sources,
-    required_folder,
-)
+from .origins import chair_task
+from .run import refuse_several_sources, required_folder
 
 if TYPE_CHECKING:
     from vlm_steer_eval.detection.labels import Labelled
@@ -116,7 +113,7 @@ class LabelledData:
             DataError: a file cannot be used.
         """
         from vlm_steer_eval.detection.labels import caption_labels, labelled_texts, pope_labels
-        from vlm_steer_eval.running.sources import embedded_chair, local_chair, local_pope
+        from vlm_steer_eval.running.sources import local_pope
 
         refuse_several_sources(
             truth=self.annotations or self.objects, questions=self.questions, texts=self.texts
@@ -128,20 +125,14 @@ class LabelledData:
         if self.questions:
             folder = required_folder(self.images, "--questions")
             return pope_labels(local_pope(self.questions, folder, limit=self.limit, seed=self.seed))
-        if self.annotations is not None or self.objects is not None:
-            task = local_chair(
-                required_folder(self.images, "--annotations and --objects"),
-                None,
-                annotations=self.annotations,
-                objects=self.objects,
-                limit=self.limit,
-                seed=self.seed,
-                prompt=self.prompt,
-            )
-            return caption_labels(task, mentions=self.mentions)
-        refuse_on_scenes(images=self.images)
-        task = embedded_chair(
-            self.scenes, limit=self.limit or 300, seed=self.seed, prompt=self.prompt
+        task = chair_task(
+            scenes=self.scenes,
+            annotations=self.annotations,
+            objects=self.objects,
+            images=self.images,
+            limit=self.limit,
+            seed=self.seed,
+            prompt=self.prompt,
         )
         return caption_labels(task, mentions=self.mentions)
 

@@ -1,11 +1,9 @@
 """Commands that run a benchmark."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-
-from vlm_steer.errors import ConfigError
 
 from .groups import RunOptions, spelled_out
 from .options import (
@@ -23,19 +21,8 @@ from .options import (
     Suffix,
     Synonyms,
 )
-from .run import (
-    check_early,
-    chosen_normaliser,
-    chosen_splits,
-    refuse_on_scenes,
-    refuse_several_sources,
-    refuse_without_dataset,
-    required_folder,
-    run_and_show,
-)
-
-if TYPE_CHECKING:
-    from vlm_steer_eval.benchmarks.tasks import Task
+from .origins import chair_task, pope_task
+from .run import check_early, chosen_splits, run_and_show
 
 __all__ = ["eval_chair", "eval_pope", "eval_presets"]
 
@@ -65,26 +52,22 @@ def eval_pope(
     share_prefix: SharePrefix = True,
 ) -> None:
     """Ask yes/no questions about objects: on embedded scenes, your files, or a data set."""
-    from vlm_steer_eval.running.hub import hub_pope
-    from vlm_steer_eval.running.sources import built_pope, embedded_pope, local_pope
-
     check_early(run)
-    chosen = chosen_splits(splits)
-    refuse_several_sources(questions=questions, annotations=annotations, dataset=dataset)
-    refuse_without_dataset(dataset, columns=columns, streaming=streaming)
-    task: Task
-    common: dict[str, Any] = {"seed": run.seed, "parser": parser}
-    own: dict[str, Any] = {"limit": run.limit, "suffix": suffix, **common}
-    if dataset is not None:
-        task = hub_pope(dataset, dataset_split, columns=columns, streaming=streaming, **own)
-    elif questions:
-        task = local_pope(questions, required_folder(images, "--questions"), **own)
-    elif annotations is not None:
-        folder = required_folder(images, "--annotations")
-        task = built_pope(annotations, folder, splits=chosen, **own)
-    else:
-        refuse_on_scenes(images=images, suffix=suffix or None)
-        task = embedded_pope(scenes, splits=chosen, limit=run.limit or 100, **common)
+    task = pope_task(
+        scenes=scenes,
+        questions=questions,
+        annotations=annotations,
+        images=images,
+        dataset=dataset,
+        dataset_split=dataset_split,
+        streaming=streaming,
+        columns=columns,
+        splits=chosen_splits(splits),
+        suffix=suffix,
+        parser=parser,
+        limit=run.limit,
+        seed=run.seed,
+    )
     run_and_show(task, run, share_prefix=share_prefix)
 
 
@@ -113,38 +96,24 @@ def eval_chair(
     lemmas: Lemmas = None,
 ) -> None:
     """Count hallucinated objects in captions of embedded scenes, your images, or a data set."""
-    from vlm_steer_eval.running.hub import hub_chair
-    from vlm_steer_eval.running.sources import embedded_chair, local_chair
-
     check_early(run)
-    refuse_several_sources(truth=annotations or objects, dataset=dataset)
-    refuse_without_dataset(dataset, columns=columns, streaming=streaming)
-    if image_list is not None and annotations is None and objects is None:
-        raise ConfigError("--image-list has no effect without --annotations or --objects")
-    reader = chosen_normaliser(normaliser, synonyms, lemmas)
-    task: Task
-    common: dict[str, Any] = {"limit": run.limit, "seed": run.seed, "prompt": prompt}
-    if dataset is not None:
-        task = hub_chair(
-            dataset, dataset_split, reader, columns=columns, streaming=streaming, **common
-        )
-    elif annotations is not None or objects is not None:
-        task = local_chair(
-            required_folder(images, "--annotations and --objects"),
-            reader,
-            annotations=annotations,
-            objects=objects,
-            listed=image_list,
-            **common,
-        )
-    else:
-        refuse_on_scenes(images=images, synonyms=synonyms)
-        if normaliser == "opera":
-            raise ConfigError(
-                "--normaliser opera reads COCO objects; the embedded scenes have a vocabulary of "
-                "their own, so leave it out"
-            )
-        task = embedded_chair(scenes, **{**common, "limit": run.limit or 300})
+    task = chair_task(
+        scenes=scenes,
+        annotations=annotations,
+        objects=objects,
+        images=images,
+        image_list=image_list,
+        dataset=dataset,
+        dataset_split=dataset_split,
+        streaming=streaming,
+        columns=columns,
+        prompt=prompt,
+        normaliser=normaliser,
+        synonyms=synonyms,
+        lemmas=lemmas,
+        limit=run.limit,
+        seed=run.seed,
+    )
     run_and_show(task, run)
 
 

@@ -14,20 +14,11 @@ from vlm_steer._yaml import Place
 from vlm_steer.errors import ConfigError, DataError
 from vlm_steer_eval.benchmarks.tasks import Item, Task
 from vlm_steer_eval.choices import NormaliserName, ParserName, ScenesName
-from vlm_steer_eval.commands.run import chosen_normaliser, required_folder
+from vlm_steer_eval.commands.origins import chair_task, pope_task
 from vlm_steer_eval.running.genlog import content_key
-from vlm_steer_eval.running.hub import hub_chair, hub_pope
 from vlm_steer_eval.running.images import ImageSource
 from vlm_steer_eval.running.runner import check_images
-from vlm_steer_eval.running.sources import (
-    CAPTION_PROMPT,
-    built_pope,
-    embedded_chair,
-    embedded_pope,
-    local_chair,
-    local_pope,
-    subset,
-)
+from vlm_steer_eval.running.sources import CAPTION_PROMPT, subset
 
 __all__ = ["EMBEDDED", "Material", "Sources", "gather", "limited", "read_sources"]
 
@@ -71,6 +62,11 @@ class _Data:
         """The benchmark on at most so many images."""
         raise NotImplementedError
 
+    def options(self) -> dict[str, Any]:
+        """Everything that says where items come from."""
+        names = (f.name for f in dataclasses.fields(self) if f.name != "max_new_tokens")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChairData(_Data):
@@ -86,19 +82,7 @@ class ChairData(_Data):
 
     def task(self, limit: int, seed: int) -> Task:
         """See the base class."""
-        common: dict[str, Any] = {"limit": limit, "seed": seed, "prompt": self.prompt}
-        origin = self.origin()
-        if origin == "scenes":
-            return embedded_chair(str(self.scenes), **common)
-        reader = chosen_normaliser(self.normaliser, self.synonyms)
-        if origin == "dataset":
-            return hub_chair(
-                str(self.dataset), str(self.dataset_split), reader, columns=self.columns, **common
-            )
-        folder = required_folder(self.images, origin)
-        return local_chair(
-            folder, reader, annotations=self.annotations, objects=self.objects, **common
-        )
+        return chair_task(**self.options(), limit=limit, seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,19 +99,7 @@ class PopeData(_Data):
 
     def task(self, limit: int, seed: int) -> Task:
         """See the base class."""
-        common: dict[str, Any] = {"limit": limit, "seed": seed, "parser": self.parser}
-        origin = self.origin()
-        if origin == "scenes":
-            return embedded_pope(str(self.scenes), splits=self.splits, **common)
-        common["suffix"] = self.suffix
-        if origin == "dataset":
-            return hub_pope(
-                str(self.dataset), str(self.dataset_split), columns=self.columns, **common
-            )
-        folder = required_folder(self.images, origin)
-        if origin == "questions":
-            return local_pope(self.questions, folder, **common)
-        return built_pope(Path(str(self.annotations)), folder, splits=self.splits, **common)
+        return pope_task(**self.options(), limit=limit, seed=seed)
 
 
 Sources: TypeAlias = Mapping[str, ChairData | PopeData]
@@ -213,7 +185,9 @@ def read_sources(
 
 
 def _check(source: ChairData | PopeData, *, tuning: bool) -> None:
-    source.origin()
+    origin = source.origin()
+    if origin in ("annotations", "objects", "questions") and source.images is None:
+        raise ConfigError(f"{origin} needs images, the folder of the images.")
     if source.max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {source.max_new_tokens}; it must be at least 1.")
     if source.dataset and not source.dataset_split:
