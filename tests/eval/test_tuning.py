@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -175,6 +176,7 @@ def test_a_wrong_goal_is_refused_with_what_there_is(text, message):
         ("{chair: {scenes: broken}}", "'broken' are a test split"),
         ("{chair: {dataset: x, dataset_split: Test}}", "'Test' is a test split"),
         ("{chair: {dataset: x}}", "dataset needs dataset_split"),
+        ("{chair: {objects: x.json}}", "objects needs images, the folder of the images"),
         ("{chair: {}}", "expected one of scenes, annotations, objects, dataset, found none"),
         ("{chair: {scenes: validation, dataset: x}}", "found scenes and dataset"),
         ("{pope: {scenes: validation}}", "no objective or constraint is about 'pope'"),
@@ -187,6 +189,15 @@ def test_wrong_tuning_data_are_refused(text, message):
     with pytest.raises(ConfigError) as error:
         sources_of(text)
     assert message in str(error.value)
+
+
+def test_options_without_effect_on_the_data_are_refused():
+    for text, message in (
+        ("{chair: {scenes: validation, columns: id=x}}", "--columns has no effect without"),
+        ("{chair: {scenes: validation, images: .}}", "--images has no effect on the embedded"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            gather(sources_of(text), None, n_images=4, n_held_out=4, seed=0)
 
 
 def test_what_is_tuned_on_is_never_confirmed_on(image_folder, tmp_path):
@@ -315,6 +326,21 @@ def test_another_study_in_the_folder_is_refused_and_nothing_is_written(tmp_path)
     with pytest.raises(ConfigError, match="holds another study: it differs in objectives"):
         other.__enter__()
     assert (tmp_path / JOURNAL_NAME).read_bytes() == before
+
+
+@pytest.mark.parametrize("is_copied_over", [True, False], ids=["beside its own", "alone"])
+def test_the_journal_of_another_study_is_refused(tmp_path, is_copied_over):
+    folder, other = tmp_path / "mine", tmp_path / "other"
+    with study_in(other, "objectives: {recall: max}", n_trials=2) as study:
+        work(study)
+    if is_copied_over:
+        with study_in(folder):
+            pass
+    folder.mkdir(exist_ok=True)
+    shutil.copy(other / JOURNAL_NAME, folder / JOURNAL_NAME)
+    with pytest.raises(ConfigError, match="is the journal of another study"):
+        study_in(folder).__enter__()
+    assert (folder / "study.json").exists() == is_copied_over
 
 
 def test_a_damaged_journal_is_named(tmp_path):

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 from vlm_steer.engine.hooks import Method
 from vlm_steer.errors import CompositionError, ConfigError, DataError, UnsupportedModelError
 from vlm_steer_eval.files import read_json, reporting_write_errors, write_json
+from vlm_steer_eval.running.genlog import content_key
 
 from .goals import COSTS, METRICS, Goals
 from .measure import Meter, Score, difference, judged, restricted, setting_key, summary
@@ -29,6 +30,8 @@ REFUSED = "refused"
 """Attribute of a trial whose setting could not be tried, with the reason."""
 
 _NAME = "tune"
+_IDENTITY = "identity"
+"""Attribute of the study in the journal: a hash of what its results depend on."""
 _POLL_SECONDS = 1.0
 _QUICK_RESAMPLES = 2000
 _WAIT_BEFORE_MEDIAN = 5
@@ -95,8 +98,11 @@ class TuningStudy:
             (self.folder / "workers").mkdir(parents=True, exist_ok=True)
             self._alive = _try_lock(self._lock_of(self._worker))
             with locked(self.folder / "study.lock"):
-                _keep_to(self.folder / STUDY_NAME, self._identity)
+                is_known = (self.folder / STUDY_NAME).is_file()
+                _keep_to(self.folder / STUDY_NAME, self._identity, write=False)
                 self._study = self._open()
+                self._claim_journal(is_known=is_known)
+                _keep_to(self.folder / STUDY_NAME, self._identity)
                 if not self._study.get_trials(deepcopy=False):
                     self._study.enqueue_trial(self.space.start())
         return self
@@ -330,6 +336,12 @@ class TuningStudy:
                 storages.journal.JournalFileBackend(str(path), lock_obj=lock)
             )
             with _quiet():
+                others = set(self.optuna.get_all_study_names(storage)) - {_NAME}
+                if others:
+                    raise ConfigError(
+                        f"{path} is the journal of another study, {', '.join(sorted(others))}; "
+                        "give another --output"
+                    )
                 return self.optuna.create_study(
                     storage=storage,
                     study_name=_NAME,
@@ -342,6 +354,18 @@ class TuningStudy:
                 f"{path} is damaged ({error}); restore it, or give another --output. The answers "
                 f"in {self.folder / 'answers'} are intact"
             ) from error
+
+    def _claim_journal(self, *, is_known: bool) -> None:
+        """Mark a new journal as this study's; refuse one that is another's."""
+        mine, found = content_key(self._identity), self._study.user_attrs.get(_IDENTITY)
+        if found is None and (is_known or not self._study.get_trials(deepcopy=False)):
+            with _quiet():
+                self._study.set_user_attr(_IDENTITY, mine)
+        elif found != mine:
+            raise ConfigError(
+                f"{self.folder / JOURNAL_NAME} is the journal of another study, whose trials would "
+                f"pass for this one's; give another --output, or restore its {STUDY_NAME}"
+            )
 
     def _sampler(self, seed: int) -> Any:
         samplers = self.optuna.samplers
@@ -458,10 +482,11 @@ def _try_lock(path: Path) -> int | None:
     return descriptor
 
 
-def _keep_to(path: Path, identity: Mapping[str, Any]) -> None:
+def _keep_to(path: Path, identity: Mapping[str, Any], *, write: bool = True) -> None:
     """Write what the study is, or refuse a folder that holds another one."""
     if not path.is_file():
-        write_json(path, identity)
+        if write:
+            write_json(path, identity)
         return
     known = read_json(path)
     plain = json.loads(json.dumps(identity))
