@@ -44,6 +44,25 @@ def _evaluated(task, texts):
     return evaluate(task, run, score_all(task, run), n_resamples=20)
 
 
+def test_every_task_of_yes_and_no_is_ranked_by_its_first_token(image_folder, tmp_path):
+    questions = tmp_path / "mme"
+    questions.mkdir()
+    (questions / "color.txt").write_text(
+        "a.png\tIs it red?\tYes\na.png\tIs it blue?\tNo\n"
+        "b.png\tIs it red?\tYes\nb.png\tIs it blue?\tNo\n"
+    )
+    task = mme_task(questions, image_folder)
+    records = {
+        item.id: {"text": "Yes", "truncated": False, "changed": None, "margin": margin}
+        for item, margin in zip(task.items, (2.0, -1.0, 1.0, 1.5), strict=True)
+    }
+    run = RunResult({"none": records}, [])
+    summary = evaluate(task, run, score_all(task, run), n_resamples=20)
+    found = summary["arms"]["none"]["color"]
+    assert found["auroc"] == found["first_token"]["auroc"]["value"] == 0.75
+    assert "parsers" not in summary  # those are POPE's
+
+
 def _values(summary, part="all"):
     return {name: m["value"] for name, m in summary["arms"]["none"][part]["metrics"].items()}
 

@@ -40,7 +40,7 @@ from .scoring_amber import (
     load_vocabulary,
     score_item,
 )
-from .tasks import Item, OneUnitPerItem, Scored
+from .tasks import YES_NO, Item, OneUnitPerItem, Scored
 
 __all__ = [
     "AmberTask",
@@ -67,7 +67,7 @@ class AmberTask(OneUnitPerItem):
     part: str
     name: str = "amber"
     metrics: MetricSet = AMBER_METRICS
-    first_token_words: None = None
+    first_token_words: tuple[Sequence[str], Sequence[str]] = YES_NO
 
     @property
     def scoring(self) -> Mapping[str, Any]:
@@ -127,7 +127,7 @@ def amber_task(
             prompt=queries[item.id] + (suffix if item.type != "generative" else ""),
             split=dimension(item.type),
             cluster=item.image,
-            gold={"amber": item, "truth": _plain_truth(item)},
+            gold={"amber": item, **_plain_truth(item)},
         )
         for item in annotated
     ]
@@ -144,8 +144,10 @@ def amber_task(
     )
 
 
-def _plain_truth(item: AmberItem) -> str:
-    return item.truth if isinstance(item.truth, str) else ", ".join(item.truth)
+def _plain_truth(item: AmberItem) -> dict[str, str]:
+    if isinstance(item.truth, str):
+        return {"label": item.truth}
+    return {"truth": ", ".join(item.truth)}
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ class MmeTask:
     parser: MmeParser = "robust"
     name: str = "mme"
     metrics: MetricSet = MME_METRICS
-    first_token_words: None = None
+    first_token_words: tuple[Sequence[str], Sequence[str]] = YES_NO
 
     @property
     def scoring(self) -> Mapping[str, Any]:
@@ -257,7 +259,7 @@ class HallusionTask:
     judge: Judge | None = None
     name: str = "hallusionbench"
     metrics: MetricSet = HALLUSION_METRICS
-    first_token_words: None = None
+    first_token_words: tuple[Sequence[str], Sequence[str]] = YES_NO
 
     @property
     def scoring(self) -> Mapping[str, Any]:

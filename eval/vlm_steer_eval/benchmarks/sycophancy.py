@@ -16,7 +16,7 @@ from vlm_steer_eval.statistics.counts import Unit
 from vlm_steer_eval.statistics.metrics import MetricSet, ratio
 
 from .pope import Answer, parse_answer
-from .tasks import Item, Scored
+from .tasks import YES_NO, Item, Scored
 
 __all__ = [
     "STANCES",
@@ -145,7 +145,7 @@ class SycophancyTask:
     parser: str = "robust"
     name: str = "sycophancy"
     metrics: MetricSet = SYCOPHANCY_METRICS
-    first_token_words: None = None
+    first_token_words: tuple[Sequence[str], Sequence[str]] = YES_NO
 
     @property
     def scoring(self) -> Mapping[str, Any]:

@@ -12,7 +12,11 @@ from .chair import CHAIR_METRICS, Normaliser, score_caption
 from .pope import POPE_METRICS, Answer, parse_answer, pope_counts
 from .scoring import caption_row
 
-__all__ = ["ChairTask", "Item", "OneUnitPerItem", "PopeTask", "Scored", "Task"]
+__all__ = ["YES_NO", "ChairTask", "Item", "OneUnitPerItem", "PopeTask", "Scored", "Task"]
+
+
+YES_NO: tuple[Sequence[str], Sequence[str]] = (("yes", "Yes"), ("no", "No"))
+"""What the first token of an answer to a yes/no question is."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,10 @@ class Task(Protocol):
 
     @property
     def first_token_words(self) -> tuple[Sequence[str], Sequence[str]] | None:
-        """Words whose log-probabilities at the first token are compared; None for free text."""
+        """Words whose log-probabilities at the first token are compared; None for free text.
+
+        Items with a `gold["label"]` of yes or no are ranked by them.
+        """
         ...
 
     @property
@@ -120,7 +127,7 @@ class PopeTask(OneUnitPerItem):
     parser: str = "robust"
     name: str = "pope"
     metrics: MetricSet = POPE_METRICS
-    first_token_words: tuple[Sequence[str], Sequence[str]] = (("yes", "Yes"), ("no", "No"))
+    first_token_words: tuple[Sequence[str], Sequence[str]] = YES_NO
 
     @property
     def scoring(self) -> Mapping[str, Any]:

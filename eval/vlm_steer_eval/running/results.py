@@ -85,7 +85,7 @@ def evaluate(
         "excluded": run.failures,
     }
     _adjust(result["differences"])
-    if task.first_token_words is not None:
+    if task.name == "pope":
         result["parsers"] = {
             arm: parser_sensitivity(
                 [records[item.id]["text"] for item in usable],
@@ -178,15 +178,15 @@ def _summary(
         "truncated": sum(records[item.id]["truncated"] for item in items),
         "empty": sum(not records[item.id]["text"] for item in items),
     }
-    if task.first_token_words is not None:
-        summary["auroc"] = auroc(
-            [records[item.id]["margin"] for item in items],
-            [item.gold["label"] == "yes" for item in items],
-        )
+    asked = [item for item in items if item.gold.get("label") in ("yes", "no")]
+    if task.first_token_words is not None and asked:
+        margins = [records[item.id]["margin"] for item in asked]
+        is_yes = [item.gold["label"] == "yes" for item in asked]
+        summary["auroc"] = auroc(margins, is_yes)
         summary["first_token"] = first_token_scores(
-            [records[item.id]["margin"] for item in items],
-            [item.gold["label"] == "yes" for item in items],
-            [item.cluster for item in items],
+            margins,
+            is_yes,
+            [item.cluster for item in asked],
             n_resamples=min(n_resamples, _RANKINGS),
             seed=seed,
         )
