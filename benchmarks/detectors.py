@@ -75,20 +75,32 @@ def main() -> None:
     parser.add_argument(
         "--samples", type=int, default=0, help="answers that self_check draws; 0: it asks"
     )
-    parser.add_argument("--guided", type=int, default=100, help="scenes per split for decoding")
+    parser.add_argument(
+        "--guided", type=int, default=100, help="scenes per split for guided decoding; 0: none"
+    )
     parser.add_argument("--resamples", type=int, default=1000)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    report = measure(chosen)
-    chosen.output.mkdir(parents=True, exist_ok=True)
-    path = chosen.output / "detectors"
-    path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    path.with_suffix(".md").write_text(page(report))
-
-
-def measure(chosen: argparse.Namespace) -> dict[str, Any]:
-    """Fit on validation scenes, judge on the others."""
     model, processor = load_model(chosen.model)
+    report, guide = measure(model, processor, chosen)
+    write(report, chosen.output)
+    if chosen.guided:
+        for split, found in report["splits"].items():
+            found["guided"] = _guided((model, processor), guide, split, chosen)
+        write(report, chosen.output)
+
+
+def write(report: Mapping[str, Any], folder: Path) -> None:
+    """Write the numbers and the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "detectors.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / "detectors.md").write_text(page(report))
+
+
+def measure(
+    model: Any, processor: Any, chosen: argparse.Namespace
+) -> tuple[dict[str, Any], FittedDetector]:
+    """Fit on validation scenes, judge on the others; the numbers, and what may guide decoding."""
     detectors = _detectors(chosen.samples)
 
     def seen(task: ChairTask) -> Collected:
@@ -110,9 +122,8 @@ def measure(chosen: argparse.Namespace) -> dict[str, Any]:
             "mentions": evaluate(of_mentions, mentions.labelled, n_resamples=chosen.resamples),
             "texts": evaluate(of_texts, texts.labelled, n_resamples=chosen.resamples),
             "dropping": _dropping(of_mentions, mentions, task, chosen.resamples),
-            "guided": _guided((model, processor), of_mentions, split, chosen),
         }
-    return {
+    report = {
         "fit_scenes": chosen.fit,
         "test_scenes": chosen.test,
         "guided_scenes": chosen.guided,
@@ -124,6 +135,7 @@ def measure(chosen: argparse.Namespace) -> dict[str, Any]:
         "left_out": LEFT_OUT,
         "splits": splits,
     }
+    return report, of_mentions[GUIDE]
 
 
 def both(task: ChairTask) -> Labelled:
@@ -176,7 +188,7 @@ def _dropping(
 
 def _guided(
     loaded: tuple[Any, Any],
-    fitted: Mapping[str, FittedDetector],
+    fitted: FittedDetector,
     split: str,
     chosen: argparse.Namespace,
 ) -> dict[str, Any]:
@@ -184,7 +196,7 @@ def _guided(
     arms = {
         f"{name}, {n}": {
             "method": "guided_decoding",
-            "detector": _saved(fitted[GUIDE], chosen.work) if guide is None else guide,
+            "detector": _saved(fitted, chosen.work) if guide is None else guide,
             "n_candidates": n,
         }
         for name, guide in GUIDES.items()
@@ -264,7 +276,8 @@ def page(report: Mapping[str, Any]) -> str:
         lines += ["", _size(found["texts"], "whole captions") + " Place is the length.", ""]
         lines += table(found["texts"]).rstrip().splitlines()
         lines += ["", "### Flag and drop", "", *_drop_table(found["dropping"])]
-        lines += ["", "### Guided decoding", "", *_guided_table(found["guided"])]
+        if "guided" in found:
+            lines += ["", "### Guided decoding", "", *_guided_table(found["guided"])]
     lines += ["", "## Left out", ""]
     lines += [f"- `{name}`: {why}" for name, why in report["left_out"].items()]
     return "\n".join(lines) + "\n"
