@@ -1,6 +1,7 @@
 """The commands: their results, and their exit codes when something is wrong."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -255,6 +256,18 @@ def test_a_finished_run_is_scored_by_other_rules_and_labels_without_a_model(
     assert command(*rescore, "--methods", "vcd")[0] == 2
     (image_folder / "scene_3.png").write_bytes((image_folder / "scene_2.png").read_bytes())
     assert command(*rescore)[0] == 1  # another picture is another question
+
+
+def test_the_power_of_a_run_is_told_before_it(command):
+    asked = ["eval", "power", "--disagreement", 0.05]
+    code, out, _ = command(*asked, "--items", 3000)
+    assert code == 0
+    points = float(re.search(r"difference of ([\d.]+) points", out)[1])
+    code, out, _ = command(*asked, "--difference", points / 100)
+    assert int(out.split()[0]) == pytest.approx(3000, rel=0.1)
+    assert "no difference" in command(*asked, "--items", 10)[1]
+    for wrong in ([], ["--items", 5, "--difference", 0.01], ["--difference", 0.2]):
+        assert command(*asked, *wrong)[0] == 2
 
 
 def test_a_bad_image_exits_with_1_after_everything_else_is_scored(

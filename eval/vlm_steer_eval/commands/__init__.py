@@ -12,7 +12,7 @@ from vlm_steer.commands.options import Seed
 
 from .compare import compare
 from .detect import register as register_detect
-from .evaluation import eval_chair, eval_pope, eval_presets
+from .evaluation import eval_chair, eval_pope, eval_power, eval_presets
 from .options import (
     EmbeddedScenes,
     Methods,
@@ -84,6 +84,11 @@ def register(app: typer.Typer) -> None:
     evaluate.command("presets", epilog="Example: vlm-steer eval presets pope/official")(
         eval_presets
     )
+    evaluate.command(
+        "power",
+        epilog="Example: vlm-steer eval power --disagreement 0.05 --items 3000 --per-image 6 "
+        "--correlation 0.1",
+    )(eval_power)
     score = typer.Typer(
         help="Score answers or captions that anybody produced.", no_args_is_help=True
     )

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from vlm_steer.errors import ConfigError
+
 from .groups import RunOptions, spelled_out
 from .options import (
     Columns,
@@ -24,7 +26,7 @@ from .options import (
 from .origins import chair_task, pope_task
 from .run import check_early, chosen_splits, run_and_show
 
-__all__ = ["eval_chair", "eval_pope", "eval_presets"]
+__all__ = ["eval_chair", "eval_pope", "eval_power", "eval_presets"]
 
 
 @spelled_out("pope", max_new_tokens=16)
@@ -138,3 +140,51 @@ def eval_presets(
             f"  {band.model}: {band.metric} ({band.split}) {band.low:g} to {band.high:g}; "
             f"{band.source}"
         )
+
+
+def eval_power(
+    disagreement: Annotated[
+        float,
+        typer.Option(
+            "--disagreement",
+            min=0.0,
+            max=1.0,
+            help="Share of items that exactly one of two arms gets right; 0.05 is usual on POPE.",
+        ),
+    ],
+    items: Annotated[
+        int | None, typer.Option("--items", min=1, help="Items that you would run.")
+    ] = None,
+    difference: Annotated[
+        float | None,
+        typer.Option("--difference", help="Difference that you want to find, in (0, 1)."),
+    ] = None,
+    per_image: Annotated[
+        float, typer.Option("--per-image", min=1.0, help="Items about one image.")
+    ] = 1.0,
+    correlation: Annotated[
+        float,
+        typer.Option("--correlation", min=0.0, max=1.0, help="Of what differs within an image."),
+    ] = 0.0,
+) -> None:
+    """Say before a run which difference it can show, or how many items a difference needs."""
+    from vlm_steer_eval.statistics.closed_form import items_needed, minimum_detectable_difference
+
+    if (items is None) == (difference is None):
+        raise ConfigError("give either --items, to see which difference they show, or --difference")
+    clusters = {"cluster_size": per_image, "correlation": correlation}
+    if difference is not None:
+        try:
+            needed = items_needed(difference, disagreement, **clusters)
+        except ValueError as error:
+            raise ConfigError(f"--difference: {error}") from error
+        typer.echo(f"{needed} items show a difference of {100 * difference:g} points")
+        return
+    found = minimum_detectable_difference(items or 0, disagreement, **clusters)
+    if found is None:
+        typer.echo(f"{items} items show no difference: too few, or too little disagreement")
+        return
+    typer.echo(
+        f"{items} items show a difference of {100 * found:.1f} points or more in 4 of 5 runs, and "
+        "smaller ones are noise"
+    )
