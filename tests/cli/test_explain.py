@@ -64,6 +64,13 @@ def test_mistakes_are_reported(ask, more, code, message):
     assert message in ran.err
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_anything_runs(ask, pictures):
+    code, out, err = ask("--html", pictures[0] / "out.html")
+    assert (code, out) == (1, "")
+    assert f"cannot write to {pictures[0]}" in err
+    assert "embedded model" not in err
+
+
 def test_a_missing_picture_is_named(ask):
     code, _, err = ask(image="gone.png")
     assert code == 1

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +15,7 @@ from vlm_steer.commands.options import (
     Overrides,
     Seed,
 )
-from vlm_steer.errors import ConfigError
+from vlm_steer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from vlm_steer.explanation import ExplainResult
@@ -140,6 +141,21 @@ def _check_files(html: Path | None, output: Path | None) -> None:
         raise ConfigError(f"--html {html} is a folder. Give the file to write, such as out.html.")
     if output is not None and output.is_file():
         raise ConfigError(f"--output {output} is a file. Give a folder.")
+    for folder in (html.parent if html else None, output):
+        if folder is not None:
+            _make(folder)
+
+
+def _make(folder: Path) -> None:
+    """Before anything is generated, which would be lost if there were nowhere to write it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"cannot write to {folder}: {error.strerror}. Give another place."
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise DataError(f"cannot write to {folder}: no permission. Give another place.")
 
 
 def _summary(result: "ExplainResult") -> dict[str, Any]:
