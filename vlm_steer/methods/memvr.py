@@ -36,7 +36,8 @@ class MemVR(Method):
     ours over the real tokens of each row; it evaluates the output head in every layer and at every
     token, ours only in the layers given and at the tokens that decide.
 
-    Cost: one output-head product per layer and generated token; no extra pass.
+    Cost: one output-head product per layer and generated token, on the CPU only until the look-up
+    is decided; no extra pass.
 
     Attributes:
         alpha: Share of the look-up, 0 to 1; 0 disables. The authors use 0.12 for general tasks,
@@ -81,6 +82,9 @@ class MemVR(Method):
 
     def carry(self, hidden: Tensor, carried: Tensor | None, at: At) -> Tensor:
         """``[batch, rows]``: whether each row waits, fires in this layer, or has fired."""
+        # Where looking waits for no accelerator: nothing is left to judge, so spare the head.
+        if carried is not None and carried.device.type == "cpu" and bool((carried > 0).all()):
+            return torch.full_like(carried, _FIRED)
         deciding = max(at.prompt_rows - 1, 0)
         unsure = F.retrace_uncertainty(at.to_logits(hidden[:, deciding:])) > self.threshold
         unsure = torch.cat([unsure[:, :1].expand(-1, deciding), unsure], dim=1)
