@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -21,8 +22,15 @@ def tiny_shape(monkeypatch):
 
 
 def test_every_setting_gets_ratios_over_both_kernels():
-    costs = bench.measure_overhead(
-        ["pai_guided", "pai+vcd"], shape="nano", image_tokens=16, new_tokens=3, repeats=1
+    costs = list(
+        bench.measure_overhead(
+            ["pai_guided", "pai+vcd"],
+            shape="nano",
+            image_tokens=16,
+            new_tokens=3,
+            repeats=1,
+            attention=["sdpa", "eager"],
+        )
     )
     assert {cost.attention for cost in costs} == {"sdpa", "eager"}
     assert {cost.arm for cost in costs} == {"pai_guided", "pai+vcd", "none"}
@@ -40,7 +48,6 @@ def test_every_method_can_be_measured():
         image_tokens=16,
         new_tokens=3,
         repeats=1,
-        with_eager=False,
     )
     assert [cost.arm for cost in costs] == bench.every_arm()
 
@@ -48,7 +55,7 @@ def test_every_method_can_be_measured():
 def test_the_model_is_given_back_unsteered_and_on_sdpa():
     model = bench.build_model(bench.SHAPES["nano"], 16, device="cpu", dtype=torch.float32)
     inputs = bench._inputs(model, 16)
-    bench._timings(model, inputs, "pai", "eager", 3)
+    bench._timings(model, inputs, "pai", "eager", 3, time.perf_counter)
     assert model.config.text_config._attn_implementation == "sdpa"
     assert "generate" not in vars(model)
 
@@ -59,7 +66,7 @@ def test_the_model_is_given_back_unsteered_and_on_sdpa():
 )
 def test_what_is_not_known_is_an_error_with_the_choices(arms, shape, tokens):
     with pytest.raises(ConfigError, match=r"known|square"):
-        bench.measure_overhead(arms, shape=shape, image_tokens=tokens)
+        list(bench.measure_overhead(arms, shape=shape, image_tokens=tokens))
 
 
 def test_the_command_writes_json_and_a_table(tmp_path):
@@ -78,15 +85,27 @@ def test_the_command_writes_json_and_a_table(tmp_path):
             "3",
             "--repeats",
             "1",
-            "--no-eager",
+            "--attn",
+            "sdpa",
+            "--attn",
+            "eager",
             "--output",
             str(tmp_path),
         ],
     )
     assert result.exit_code == 0, result.output
     facts = json.loads((tmp_path / "overhead.json").read_text())
-    assert [cost["arm"] for cost in facts["costs"]] == ["pai"]
-    assert "| pai | sdpa | 16 |" in (tmp_path / "overhead.md").read_text()
+    assert [cost["arm"] for cost in facts["costs"]] == ["pai", "none", "pai"]
+    sdpa, eager = (tmp_path / "overhead.md").read_text().split("Over `eager`")
+    assert "| `pai` | 16 |" in sdpa
+    assert "| `none` | 16 |" not in sdpa
+    assert "| `none` | 16 |" in eager
+
+
+def test_an_unknown_attention_is_named():
+    result = CliRunner().invoke(build_app(), ["bench", "overhead", "--attn", "flash"])
+    assert isinstance(result.exception, ConfigError)
+    assert "--attn flash" in str(result.exception)
 
 
 def test_the_published_way_and_ours_agree_on_the_same_tensors():

@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -88,6 +88,8 @@ SETTINGS: dict[str, Spec] = {
         "max_path_tokens": 8,
     },
     "yes_bias": {"method": "yes_bias", "yes_ids": [16], "no_ids": [17]},
+    # A random model is so unsure that the first layer judged settles every token; here none does.
+    "memvr_waiting": {"method": "memvr", "threshold": 0.9999},
 }
 """Arms whose settings are not the defaults of a method or a preset of that name."""
 
@@ -108,6 +110,7 @@ class Cost:
         prefill: Time of the pass over the prompt.
         decode: Time per decoded token.
         memory: Peak memory of the process (of the device, on a GPU).
+        timings: How many of each the medians are of.
     """
 
     arm: str
@@ -116,6 +119,7 @@ class Cost:
     prefill: float
     decode: float
     memory: float
+    timings: int
 
 
 def build_model(
@@ -174,9 +178,10 @@ def measure_overhead(
     repeats: int = 5,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-    with_eager: bool = True,
-) -> list[Cost]:
-    """Measure what each arm costs beside the unsteered model.
+    attention: Sequence[str] = ("sdpa",),
+    now: Callable[[], float] = time.perf_counter,
+) -> Iterator[Cost]:
+    """Measure what each arm costs beside the unsteered model, one after the other.
 
     Args:
         arms: Names in ``SETTINGS``, or methods, presets and compositions of them.
@@ -186,7 +191,12 @@ def measure_overhead(
         repeats: Timings per arm; medians are reported.
         device: ``cpu`` or ``cuda``.
         dtype: Data type of the model.
-        with_eager: Measure every arm on top of eager attention too, as published code runs.
+        attention: What lies below the steering, ``sdpa`` or ``eager``, as published code runs; over
+            ``eager`` the unsteered model is an arm of its own (``none``).
+        now: Clock to read; that of the thread's work with a single thread on a busy machine.
+
+    Yields:
+        Ratios to the unsteered model over ``sdpa``, in the order of implementations and arms.
 
     Raises:
         ConfigError: An arm or a shape is not known.
@@ -197,16 +207,18 @@ def measure_overhead(
     specs: dict[str, Spec] = {arm: resolve(SETTINGS.get(arm, arm)) for arm in arms}
     model = build_model(SHAPES[shape], image_tokens, device=device, dtype=dtype)
     inputs = _inputs(model, image_tokens)
-    costs = []
-    plans = [("sdpa", arm) for arm in arms]
-    plans += [("eager", arm) for arm in ("none", *arms)] if with_eager else []
+    plans = [
+        (below, arm)
+        for below in attention
+        for arm in (*(("none",) if below != "sdpa" else ()), *arms)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         made = _made_for(model, folder)
         specs |= {arm: made[arm] for arm in specs if arm in made}
-        for attention, arm in tqdm(plans, desc=f"{image_tokens} image tokens", leave=False):
-            ratios = _ratios(model, inputs, specs.get(arm), attention, new_tokens, repeats)
-            costs.append(Cost(arm, attention, image_tokens, *ratios))
-    return costs
+        _timings(model, inputs, None, "sdpa", new_tokens, now)  # warms up allocators and kernels
+        for below, arm in tqdm(plans, desc=f"{image_tokens} image tokens", leave=False):
+            ratios = _ratios(model, inputs, specs.get(arm), below, new_tokens, repeats, now)
+            yield Cost(arm, below, image_tokens, *ratios, repeats)
 
 
 def _made_for(model: PreTrainedModel, folder: str) -> dict[str, Spec]:
@@ -230,14 +242,14 @@ def _ratios(
     attention: str,
     new_tokens: int,
     repeats: int,
+    now: Callable[[], float],
 ) -> tuple[float, float, float]:
     """Median ratios of prefill, decoding and memory, each timing beside one of the base."""
     ratios = []
-    for repeat in range(repeats + 1):
-        base = _timings(model, inputs, None, "sdpa", new_tokens)
-        mine = _timings(model, inputs, spec, attention, new_tokens)
-        if repeat > 0:  # The first round warms up allocators and kernels.
-            ratios.append([m / b for m, b in zip(mine, base, strict=True)])
+    for _ in range(repeats):
+        base = _timings(model, inputs, None, "sdpa", new_tokens, now)
+        mine = _timings(model, inputs, spec, attention, new_tokens, now)
+        ratios.append([m / b for m, b in zip(mine, base, strict=True)])
     prefill, decode, memory = (statistics.median(column) for column in zip(*ratios, strict=True))
     return prefill, decode, memory
 
@@ -248,10 +260,11 @@ def _timings(
     spec: Spec,
     attention: str,
     new_tokens: int,
+    now: Callable[[], float],
 ) -> tuple[float, float, float]:
     """Seconds of the prompt, seconds per decoded token, and peak bytes."""
     model.set_attn_implementation({"text_config": attention})
-    clock = _Clock(model)
+    clock = _Clock(model, now)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SteerWarning)
         with _peak_memory(model) as peak, vlm_steer.steer(model, spec):
@@ -272,8 +285,9 @@ def _timings(
 class _Clock(LogitsProcessor):
     """Notes the time whenever the logits of a token are ready."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, now: Callable[[], float]):
         self.model = model
+        self.now = now
         self.ticks: list[float] = []
 
     def start(self) -> None:
@@ -291,7 +305,7 @@ class _Clock(LogitsProcessor):
 
     def _tick(self) -> None:
         _synchronize(self.model)
-        self.ticks.append(time.perf_counter())
+        self.ticks.append(self.now())
 
 
 def _synchronize(model: PreTrainedModel) -> None:

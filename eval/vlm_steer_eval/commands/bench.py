@@ -1,6 +1,7 @@
 """``vlm-steer bench``: what steering costs on this machine."""
 
 import json
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +9,7 @@ import typer
 
 __all__ = ["register"]
 
-_ROW = "| {arm} | {attention} | {image_tokens} | {prefill:.2f} | {decode:.2f} | {memory:.2f} |"
+_ROW = "| `{arm}` | {image_tokens} | {prefill:.2f} | {decode:.2f} | {memory:.2f} | {timings} |"
 
 
 def register(app: typer.Typer) -> None:
@@ -33,10 +34,17 @@ def overhead(
     repeats: Annotated[int, typer.Option(help="Timings per setting.", min=1)] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    eager: Annotated[
-        bool, typer.Option(help="Measure every setting over eager attention too.")
-    ] = True,
-    output: Annotated[Path | None, typer.Option(help="Folder for overhead.json.")] = None,
+    attn: Annotated[
+        list[str] | None,
+        typer.Option(help="Attention below the steering: sdpa or eager; may be given twice."),
+    ] = None,
+    clock: Annotated[
+        str,
+        typer.Option(help="wall; or cpu, the work of a single thread, where others compute too."),
+    ] = "wall",
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for overhead.json and .md, kept up to date.")
+    ] = None,
 ) -> None:
     """Time and memory of every method, as ratios to the unsteered model in the same run."""
     import torch
@@ -49,9 +57,31 @@ def overhead(
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in dtypes:
         raise ConfigError(f"--dtype {dtype}: write one of {', '.join(dtypes)}.")
-    costs = []
+    unknown = [name for name in attn or () if name not in ("sdpa", "eager")]
+    if unknown:
+        raise ConfigError(f"--attn {unknown[0]}: write sdpa or eager.")
+    if clock not in ("wall", "cpu"):
+        raise ConfigError(f"--clock {clock}: write wall or cpu.")
+    if clock == "cpu" and (device != "cpu" or torch.get_num_threads() > 1):
+        raise ConfigError(
+            "--clock cpu counts the work of one thread on the CPU. Set OMP_NUM_THREADS=1 and leave "
+            "--device alone, or use --clock wall."
+        )
+    facts: dict[str, Any] = {
+        "shape": shape,
+        "device": device,
+        "dtype": dtype,
+        "threads": torch.get_num_threads(),
+        "clock": clock,
+        "torch": torch.__version__,
+        "new_tokens": new_tokens,
+        "costs": [],
+    }
+    table = Table(title="Ratios to the unsteered model (sdpa) in the same run")
+    for column in ("setting", "attention", "image tokens", "prefill", "decode", "memory"):
+        table.add_column(column, justify="left" if column in ("setting", "attention") else "right")
     for tokens in image_tokens or [576]:
-        costs += measure_overhead(
+        for cost in measure_overhead(
             methods.split(",") if methods else every_arm(),
             shape=shape,
             image_tokens=tokens,
@@ -59,28 +89,23 @@ def overhead(
             repeats=repeats,
             device=device,
             dtype=dtypes[dtype],
-            with_eager=eager,
-        )
-    table = Table(title="Ratios to the unsteered model (sdpa) in the same run")
-    for column in ("setting", "attention", "image tokens", "prefill", "decode", "memory"):
-        table.add_column(column, justify="left" if column in ("setting", "attention") else "right")
-    for cost in costs:
-        ratios = (f"{value:.2f}" for value in (cost.prefill, cost.decode, cost.memory))
-        table.add_row(cost.arm, cost.attention, str(cost.image_tokens), *ratios)
+            attention=attn or ["sdpa"],
+            now=time.thread_time if clock == "cpu" else time.perf_counter,
+        ):
+            ratios = (f"{value:.2f}" for value in (cost.prefill, cost.decode, cost.memory))
+            table.add_row(cost.arm, cost.attention, str(cost.image_tokens), *ratios)
+            facts["costs"] += as_rows([cost])
+            if output is not None:
+                _write(facts, output)
     Console().print(table)
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        facts = {
-            "shape": shape,
-            "device": device,
-            "dtype": dtype,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "costs": as_rows(costs),
-        }
-        path = output / "overhead.json"
-        path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        (output / "overhead.md").write_text(_markdown(facts), encoding="utf-8")
+
+
+def _write(facts: dict[str, Any], output: Path) -> None:
+    """Write what was measured so far."""
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / "overhead.json"
+    path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (output / "overhead.md").write_text(_markdown(facts), encoding="utf-8")
 
 
 def rows(
@@ -106,10 +131,17 @@ def rows(
 
 
 def _markdown(facts: dict[str, Any]) -> str:
-    """The table of a report, one row per setting and base attention."""
-    lines = [
-        "| setting | attention below | image tokens | prefill | per decoded token | peak memory |",
-        "|---|---|--:|--:|--:|--:|",
-    ]
-    lines += [_ROW.format(**cost) for cost in facts["costs"]]
-    return "\n".join(lines) + "\n"
+    """A table per attention below the steering, one row per setting and length."""
+    lines = []
+    for below in dict.fromkeys(cost["attention"] for cost in facts["costs"]):
+        lines += [
+            f"Over `{below}`, shape {facts['shape']}, {facts['dtype']}, {facts['device']} with "
+            f"{facts['threads']} threads, {facts['clock']} clock, {facts['new_tokens']} tokens "
+            "decoded per timing:",
+            "",
+            "| setting | image tokens | prefill | per decoded token | peak memory | timings |",
+            "|---|--:|--:|--:|--:|--:|",
+            *(_ROW.format(**cost) for cost in facts["costs"] if cost["attention"] == below),
+            "",
+        ]
+    return "\n".join(lines)
