@@ -8,7 +8,6 @@ steered ones in blocks: no tensor is ever ``[batch, heads, sequence, sequence]``
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -163,11 +162,12 @@ def _edited_heads(forward: Forward, work: Work, outputs: Tensor, seen: Seen) -> 
         if start == length:
             continue
         columns = forward.no_columns(stream, outputs.device)
-        at = forward.at(bound, stream, work.site.layer, (start, length), columns)
-        at = replace(at, seen=seen.by(bound, stream))
+        at = forward.at(
+            *(bound, stream, work.site.layer, (start, length), columns), seen=seen.by(bound, stream)
+        )
         old = outputs[stream.batch, start:]
         new = bound.method.heads(old, at).to(outputs.dtype)
-        if not forward.every_row_changes(bound.method.rows):
+        if not forward.every_row_changes(bound.method.rows, stream):
             new = torch.where(at.is_row[:, :, None, None], new, old)
         if forward.call.is_measured:
             forward.touch(bound, work.site.layer, Touch.of_heads(old, new))

@@ -220,7 +220,7 @@ class Touch:
     @staticmethod
     def of_weights(before: Tensor, after: Tensor) -> Tensor:
         """From attention weights ``[batch, heads, rows, key]``."""
-        mass = (after - before).abs().sum(dim=-1) / 2
+        mass = torch.linalg.vector_norm(after - before, ord=1, dim=-1) / 2
         moved = mass > 1e-7
         return torch.stack(
             [moved.any(dim=1).sum(), moved.any(dim=2).sum(dim=1).float().mean(), mass.sum()]
@@ -264,7 +264,7 @@ class Forward:
     length: int
     last: int | None = None
     observed: dict[str, dict[int, Tensor]] = field(default_factory=dict)
-    _columns: dict[tuple[str, int, str, torch.device], Columns] = field(default_factory=dict)
+    _columns: dict[tuple[str, int, int, str, torch.device], Columns] = field(default_factory=dict)
     _row_kinds: dict[tuple[str, int, int, torch.device], Tensor] = field(default_factory=dict)
     _closed: dict[tuple[int, int, int], tuple[Mask, Tensor]] = field(default_factory=dict)
     _is_row: dict[tuple[str, Rows, int, int, torch.device], Tensor] = field(default_factory=dict)
@@ -330,7 +330,8 @@ class Forward:
             choose=tuple(choose),
             observe=tuple(self.acting("observe", work.observe)),
             replaces_rows=any(
-                self.every_row_changes(b.method.rows) for b, _ in scores + weights + look
+                self.every_row_changes(b.method.rows, stream)
+                for b, stream in scores + weights + look
             ),
         )
 
@@ -368,16 +369,30 @@ class Forward:
         return min(max(first - self.past, 0), self.length)
 
     def columns(
-        self, stream: Stream, n_keys: int, axis: Literal["self", "cross"], device: torch.device
+        self,
+        stream: Stream,
+        n_keys: int,
+        axis: Literal["self", "cross"],
+        device: torch.device,
+        total: int | None = None,
     ) -> Columns:
-        """Key columns of a layer for one stream, on the device of that layer."""
-        key = (stream.name, n_keys, axis, device)
+        """Key columns of a layer for one stream, on the device of that layer.
+
+        Args:
+            stream: The stream.
+            n_keys: How many.
+            axis: What their keys are.
+            device: Where the layer is.
+            total: Positions up to which they go, if not all.
+        """
+        total = self.total if total is None else total
+        key = (stream.name, n_keys, total, axis, device)
         if key not in self._columns:
             if axis == "cross":
                 rows = stream.layout.kinds.shape[0]
                 kinds = stream.layout.kinds.new_full((rows, n_keys), Columns.IMAGE)
             else:
-                kinds = stream.layout.keys(n_keys, self.total)
+                kinds = stream.layout.keys(n_keys, total)
             self._columns[key] = Columns(kinds.to(device), axis)
         return self._columns[key]
 
@@ -414,14 +429,35 @@ class Forward:
             self._row_kinds[key] = kinds.to(device)
         return self._row_kinds[key]
 
-    def every_row_changes(self, policy: Rows) -> bool:
+    def every_row_changes(self, policy: Rows, stream: Stream) -> bool:
         """Whether all rows of this pass are known to be open to change without looking."""
-        return self.is_decoding and policy != "image"
+        if self.is_decoding:
+            return policy != "image"
+        return policy == "all" and not stream.layout.has_padding
 
     def at(
-        self, bound: Bound, stream: Stream, layer: int, rows: tuple[int, int], columns: Columns
+        self,
+        bound: Bound,
+        stream: Stream,
+        layer: int,
+        rows: tuple[int, int],
+        columns: Columns,
+        *,
+        total: int | None = None,
+        **more: Any,
     ) -> At:
-        """The view for one hook call."""
+        """The view for one hook call.
+
+        Args:
+            bound: The method.
+            stream: The stream.
+            layer: The layer.
+            rows: First query row, and the one after the last.
+            columns: The key columns.
+            total: Positions up to which the columns go, if not all.
+            **more: Further fields of the view.
+        """
+        total = self.total if total is None else total
         device = columns.kinds.device
 
         def once(name: str, make: Callable[[], Tensor]) -> Tensor:
@@ -432,7 +468,7 @@ class Forward:
 
         marks = stream.marks.get((bound.index, layer))
         if marks is not None:
-            marks = fit(marks, columns.kinds.shape[1], self.total)
+            marks = fit(marks, columns.kinds.shape[1], total)
         return At(
             layer=layer,
             n_layers=self.call.plan.model.n_layers,
@@ -445,16 +481,17 @@ class Forward:
             prepared=stream.prepared.get(bound.index),
             prompt=self._prompt(stream, device),
             grid=self.grid(bound, stream),
-            chosen=self._chosen(bound, stream, columns.kinds.shape[1]),
+            chosen=self._chosen(bound, stream, columns.kinds.shape[1], total),
             on_rows=partial(self._on_rows, rows),
-            on_keys=partial(fit, n_keys=columns.kinds.shape[1], total=self.total),
-            is_own=partial(self._is_own, rows, columns),
+            on_keys=partial(fit, n_keys=columns.kinds.shape[1], total=total),
+            is_own=partial(self._is_own, rows, columns, total),
             once=once,
             to_logits=bound.to_logits,
             prompt_rows=min(max(self.prompt_rows, rows[0]), rows[1]) - rows[0],
             tally=stream.tallies.get((bound.index, layer)),
             carried=self._carried.get((bound.index, stream.name)),
             image_features=self._image_features(bound, stream, device),
+            **more,
         )
 
     def keep_chosen(self, bound: Bound, stream: Stream, layer: int, chosen: Tensor) -> None:
@@ -463,15 +500,15 @@ class Forward:
         chosen = torch.nn.functional.pad(chosen, (max(missing, 0), 0))[..., : self.total]
         stream.chosen[bound.index, layer] = chosen
 
-    def _chosen(self, bound: Bound, stream: Stream, n_keys: int) -> dict[int, Tensor]:
+    def _chosen(self, bound: Bound, stream: Stream, n_keys: int, total: int) -> dict[int, Tensor]:
         return {
-            layer: fit(chosen, n_keys or self.total, self.total)
+            layer: fit(chosen, n_keys or total, total)
             for (index, layer), chosen in stream.chosen.items()
             if index == bound.index
         }
 
     def _prompt(self, stream: Stream, device: torch.device) -> Columns:
-        key = (stream.name, -1, "prompt", device)
+        key = (stream.name, -1, -1, "prompt", device)
         if key not in self._columns:
             self._columns[key] = Columns(stream.layout.prompt.to(device))
         return self._columns[key]
@@ -481,10 +518,10 @@ class Forward:
         values = torch.nn.functional.pad(values, (0, missing))
         return values[:, self.past + rows[0] : self.past + rows[1]]
 
-    def _is_own(self, rows: tuple[int, int], columns: Columns) -> Tensor:
+    def _is_own(self, rows: tuple[int, int], columns: Columns, total: int) -> Tensor:
         n_keys, device = columns.kinds.shape[1], columns.kinds.device
         # A sliding window holds the last columns, a static cache has empty ones behind.
-        first = self.past + rows[0] - max(self.total - n_keys, 0)
+        first = self.past + rows[0] - max(total - n_keys, 0)
         row = torch.arange(first, first + rows[1] - rows[0], device=device)[:, None]
         if columns.axis == "cross":
             return torch.zeros((row.shape[0], n_keys), dtype=torch.bool, device=device)
@@ -686,7 +723,7 @@ class Forward:
                 at = replace(at, mlp_input=given[stream.batch, start:])
             old = tensor[stream.batch, start:]
             new = getattr(bound.method, hook)(old, at).to(tensor.dtype)
-            if not self.every_row_changes(bound.method.rows):
+            if not self.every_row_changes(bound.method.rows, stream):
                 new = torch.where(at.is_row[:, :, None], new, old)
             if self.call.is_measured:
                 self.touch(bound, layer, Touch.of_rows(old, new))

@@ -23,12 +23,14 @@ class Layout:
         prompt_length: Number of prompt positions, padding included.
         first_after_image: Smallest position that holds an instruction token in any row.
         has_image: Whether any row holds image tokens.
+        has_padding: Whether any row of the prompt is padded.
     """
 
     kinds: Tensor
     prompt_length: int
     first_after_image: int
     has_image: bool
+    has_padding: bool = True
 
     @classmethod
     def from_ids(
@@ -62,9 +64,12 @@ class Layout:
         is_after = (kinds == Columns.INSTRUCTION).any(dim=0)
         has_image = (kinds == Columns.IMAGE).any()
         first = torch.where(is_after.any(), is_after.int().argmax(), length)
-        facts = torch.stack([first, has_image.to(first.dtype)]).tolist()
+        has_padding = (kinds == Columns.PADDING).any()
+        flags = torch.stack([has_image, has_padding]).to(first.dtype)
+        facts = torch.cat([first[None], flags]).tolist()
         spare = kinds.new_full((kinds.shape[0], _SPARE), Columns.GENERATED)
-        return cls(torch.cat([kinds, spare], dim=1), length, int(facts[0]), bool(facts[1]))
+        kinds = torch.cat([kinds, spare], dim=1)
+        return cls(kinds, length, int(facts[0]), bool(facts[1]), bool(facts[2]))
 
     @property
     def prompt(self) -> Tensor:

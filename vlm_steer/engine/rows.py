@@ -62,19 +62,25 @@ class Rows:
         self.acting = forward.acting_at(work)
         self.seen = Seen()
         self._unplaced_keys: dict[str, Tensor] = {}
+        # Who returns something per column for every row gets all columns with every row.
+        takes_all = self.acting.look or any(b.method.observes_rows for b, _ in self.acting.observe)
+        self._is_causal = attention_mask is None and self.axis == "self" and not takes_all
 
     @property
     def are_all_replaced(self) -> bool:
         """Whether the rows steered are all there is, so that the kernel's pass can be skipped."""
-        return self.acting.replaces_rows and self.query.shape[2] <= _BLOCK
+        return self.acting.replaces_rows
 
     def recomputed(self) -> Tensor:
         """``[batch, rows, heads, value_dim]`` of a pass in which every row is steered."""
-        rows = (0, self.query.shape[2])
-        weights = self._weights(*rows)
-        self._observe_rows(weights, rows)
+        length, blocks = self.query.shape[2], []
+        for start in range(0, length, _BLOCK):
+            rows = (start, min(start + _BLOCK, length))
+            weights = self._weights(*rows)
+            self._observe_rows(weights, rows)
+            blocks.append(self._outputs(weights))
         self._observe(weights[:, :, -1])
-        return self._outputs(weights)
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 
     def steer(self, outputs: Tensor) -> None:
         """Write the steered rows into ``outputs`` ``[batch, rows, heads, value_dim]``."""
@@ -97,7 +103,8 @@ class Rows:
 
     def _outputs(self, weights: Tensor) -> Tensor:
         """``[batch, rows, heads, value_dim]`` in the model's dtype."""
-        outputs = weighted_values(weights.to(self.value.dtype), self.value)
+        value = self.value[:, :, : weights.shape[-1]]
+        outputs = weighted_values(weights.to(value.dtype), value)
         return outputs.transpose(1, 2).to(self.query.dtype)
 
     def tally(self) -> None:
@@ -116,9 +123,10 @@ class Rows:
             if self._has_sink:
                 weights = weights / weights.sum(dim=-1, keepdim=True)
             before = torch.zeros_like(weights[:, :, :1]) if before is None else before
+            before = _padded(before, weights.shape[-1])
             for bound, stream in self.acting.tally:
-                at = replace(self._at(bound, stream, rows), row_before=before[stream.batch])
-                part = bound.method.tally(weights[stream.batch], at)
+                at = self._at(bound, stream, rows, row_before=before[stream.batch])
+                part = _padded(bound.method.tally(weights[stream.batch], at), self.n_keys)
                 known = totals.get((bound, stream))
                 totals[bound, stream] = part if known is None else known + part
             before = weights[:, :, -1:]
@@ -133,9 +141,10 @@ class Rows:
         While a tally is being made, hooks find none: not that of an earlier pass either.
         """
         rows = (start, stop)
-        scores = self._scores(self.query[:, :, start:stop], self.key)
+        n_keys = self._n_seen(stop)
+        scores = self._scores(self.query[:, :, start:stop], self.key[:, :, :n_keys])
         if (bias := self.options.get("position_bias")) is not None:
-            scores = scores + bias[:, :, start:stop, : self.n_keys].float()
+            scores = scores + bias[:, :, start:stop, :n_keys].float()
         for bound, stream in self.acting.scores:
             old = scores[stream.batch]
             at = self._scores_at(bound, stream, rows, closed)
@@ -189,7 +198,11 @@ class Rows:
             return None
         offset = self.n_keys - self.query.shape[2]
         row = torch.arange(start, stop, device=self.query.device)[:, None] + offset
-        return torch.arange(self.n_keys, device=self.query.device)[None, :] > row
+        return torch.arange(self._n_seen(stop), device=self.query.device)[None, :] > row
+
+    def _n_seen(self, stop: int) -> int:
+        """How many of the key columns come before a row, which are all it can see of them."""
+        return self.n_keys - (self.query.shape[2] - stop) if self._is_causal else self.n_keys
 
     def _masked(self, scores: Tensor, closed: Tensor | None, batch: slice) -> Tensor:
         if closed is None:
@@ -221,22 +234,24 @@ class Rows:
         per_row = self.options.get("sinks")
         return None if per_row is None else per_row[batch, :, slice(*rows)]
 
-    def _at(self, bound: Bound, stream: Stream, rows: tuple[int, int]) -> At:
-        columns = self.forward.columns(stream, self.n_keys, self.axis, self.query.device)
-        return self.forward.at(bound, stream, self.layer, rows, columns)
+    def _at(self, bound: Bound, stream: Stream, rows: tuple[int, int], **more: Any) -> At:
+        n_keys = self._n_seen(rows[1])
+        total = self.forward.total - (self.n_keys - n_keys)
+        columns = self.forward.columns(stream, n_keys, self.axis, self.query.device, total)
+        return self.forward.at(bound, stream, self.layer, rows, columns, total=total, **more)
 
     def _scores_at(
         self, bound: Bound, stream: Stream, rows: tuple[int, int], closed: Tensor | None
     ) -> At:
         """The view of a ``scores`` hook."""
-        at = self._at(bound, stream, rows)
-        at = replace(
-            at, softmax=partial(self._softmax, closed=closed, batch=stream.batch, rows=rows)
-        )
+        softmax = partial(self._softmax, closed=closed, batch=stream.batch, rows=rows)
         if bound.rotation is None:
-            return at
-        return replace(
-            at,
+            return self._at(bound, stream, rows, softmax=softmax)
+        return self._at(
+            bound,
+            stream,
+            rows,
+            softmax=softmax,
             unplaced=partial(self._unplaced, bound.rotation, stream, rows),
             placed=partial(self._placed, bound.rotation, stream, rows),
             sum_over_rows=partial(self._sum_over_rows, bound, stream),
@@ -247,7 +262,8 @@ class Rows:
     ) -> Tensor:
         """``[batch, heads, rows, key]`` scores of rows that stand further right."""
         query = self.query[stream.batch, :, slice(*rows)]
-        return self._scores(rotation.turn(self.layer, query, shift), self.key[stream.batch])
+        key = self.key[stream.batch, :, : self._n_seen(rows[1])]
+        return self._scores(rotation.turn(self.layer, query, shift), key)
 
     def _unplaced(self, rotation: Rotation, stream: Stream, rows: tuple[int, int]) -> Tensor:
         """``[batch, heads, rows, key]`` scores of tokens that all stand at one position."""
@@ -260,7 +276,7 @@ class Rows:
             there = fit(positions, self.n_keys, forward.total)
             key = rotation.turn(self.layer, self.key[stream.batch], -there[:, None])
             self._unplaced_keys[stream.name] = key
-        return self._scores(query, self._unplaced_keys[stream.name])
+        return self._scores(query, self._unplaced_keys[stream.name][:, :, : self._n_seen(rows[1])])
 
     def _sum_over_rows(self, bound: Bound, stream: Stream, f: Callable[[At], Tensor]) -> Tensor:
         length = self.query.shape[2]
@@ -277,7 +293,7 @@ class Rows:
     def _keep_other_rows(
         self, bound: Bound, stream: Stream, rows: tuple[int, int], old: Tensor, new: Tensor
     ) -> Tensor:
-        if self.forward.every_row_changes(bound.method.rows):
+        if self.forward.every_row_changes(bound.method.rows, stream):
             return new
         is_row = self.forward.is_row(stream, bound.method.rows, *rows, self.query.device)
         return torch.where(is_row[:, None, :, None], new, old)
@@ -319,6 +335,11 @@ class Rows:
             known = self.forward.observed.setdefault(bound.method.name, {})
             before = known.get(self.layer)
             known[self.layer] = seen if before is None else torch.cat([before, seen], dim=1)
+
+
+def _padded(values: Tensor, n_keys: int) -> Tensor:
+    """``[..., key]`` with zeros for the columns behind."""
+    return torch.nn.functional.pad(values, (0, n_keys - values.shape[-1]))
 
 
 def put(tensor: Tensor, batch: slice, part: Tensor) -> Tensor:

@@ -114,6 +114,7 @@ class Columns:
     def __init__(self, kinds: Tensor, axis: Literal["self", "cross"] = "self"):
         self.kinds = kinds
         self.axis = axis
+        self._prompt_ends: dict[int, Tensor] = {}
 
     @cached_property
     def is_padding(self) -> Tensor:
@@ -147,8 +148,11 @@ class Columns:
 
     def is_prompt_end(self, n: int) -> Tensor:
         """The last ``n`` prompt tokens of every row."""
-        is_prompt = ~(self.is_padding | self.is_generated)
-        return is_prompt & (is_prompt.flip(1).cumsum(1).flip(1) <= n)
+        if n not in self._prompt_ends:
+            is_prompt = ~(self.is_padding | self.is_generated)
+            place = is_prompt.flip(1).cumsum(1).flip(1)
+            self._prompt_ends[n] = is_prompt & (place <= n)
+        return self._prompt_ends[n]
 
 
 def _no_softmax(scores: Tensor) -> Tensor:

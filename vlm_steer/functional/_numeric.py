@@ -31,6 +31,20 @@ def masked_sum(values: Tensor, mask: Tensor, *, keepdim: bool = False) -> Tensor
     return values.masked_fill(~mask, 0).sum(-1, keepdim=keepdim)
 
 
+def column_sums(weights: Tensor, *masks: Tensor) -> tuple[Tensor, ...]:
+    """Sums finite weights over several groups of columns, in one product.
+
+    Args:
+        weights: `[batch, heads, rows, key]` float, finite everywhere.
+        *masks: bool, each of one shape that is broadcastable to `[batch, heads, 1, key]`.
+
+    Returns:
+        `[batch, heads, rows]` per mask.
+    """
+    groups = torch.stack(masks, dim=-1).squeeze(-3).to(weights.dtype)
+    return (weights @ groups).unbind(-1)
+
+
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Averages the last axis over the True columns of `mask`; an empty set has mean 0."""
     return masked_sum(values, mask) / mask.sum(-1).clamp(min=1)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vlm_steer.functional._numeric import masked_mean, masked_sum, safe_divide, upcast
+from vlm_steer.functional._numeric import masked_sum, safe_divide, upcast
 from vlm_steer.functional.sinks import received_attention
 
 
@@ -24,8 +24,9 @@ def lookback_ratio(weights: Tensor, context: Tensor, new: Tensor) -> Tensor:
         fp32 `[batch, heads]` in [0, 1].
     """
     a = upcast(weights)
-    on_context = masked_mean(a, context[:, None, :])
-    on_new = masked_mean(a, new[:, None, :])
+    columns = torch.stack([context, new], dim=-1).to(a.dtype)
+    means = (a @ columns) / columns.sum(1, keepdim=True).clamp(min=1)
+    on_context, on_new = means.unbind(-1)
     return safe_divide(on_context, on_context + on_new, otherwise=0.0)
 
 

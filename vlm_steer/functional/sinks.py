@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlm_steer.functional._numeric import masked_sum, safe_divide, upcast
+from vlm_steer.functional._numeric import column_sums, masked_sum, safe_divide, upcast
 
 # The official VAR code adds this to every image column before forming the sink share.
 _SHARE_SMOOTHING = 1e-6
@@ -227,10 +227,15 @@ def redistribute_sinks(
     a = upcast(weights)
     sink = sinks[:, None, None, :] if sinks.dim() == 2 else sinks[:, None]
     image = visual[:, None, None, :]
+    groups = (sink, sink & image, image & ~sink)
+    if sinks.dim() == 2:
+        sink_mass, image_sink_mass, other_mass = column_sums(a, *torch.broadcast_tensors(*groups))
+    else:
+        sink_mass, image_sink_mass, other_mass = (masked_sum(a, group) for group in groups)
     scales = sink_transfer_scales(
-        masked_sum(a, sink),
-        masked_sum(a, sink & image),
-        masked_sum(a, image),
+        sink_mass,
+        image_sink_mass,
+        image_sink_mass + other_mass,
         n_image=visual.sum(-1)[:, None, None],
         eligible=rows[:, None, :] & (sink & image).any(-1),
         keep=keep,
@@ -343,8 +348,8 @@ def spread_sinks(weights: Tensor, sinks: Tensor, targets: Tensor, *, keep: float
         New weights, shape and dtype of `weights`.
     """
     a = upcast(weights)
-    source, target = sinks[:, :, None, :], targets[:, :, None, :]
-    scales = transfer_scales(masked_sum(a, source), masked_sum(a, target), keep=keep)
+    source, target = (columns[:, :, None, :] for columns in torch.broadcast_tensors(sinks, targets))
+    scales = transfer_scales(*column_sums(a, source, target), keep=keep)
     factor = torch.where(target, scales.target[..., None], 1.0)
     factor = torch.where(source, scales.source[..., None], factor)
     return (a * factor).to(weights.dtype)

@@ -159,11 +159,12 @@ class ACT(Method):
 
     def tally(self, weights: Tensor, at: At) -> Tensor:
         """Attention that columns receive per head, rows that see them, and rows altogether."""
-        is_row = at.is_row[:, None, :, None]
-        seen = ((weights > 0).any(dim=1, keepdim=True) & is_row).sum(dim=2)
-        n_rows = is_row.sum(dim=2).expand_as(seen)
-        received = (self._of_heads(weights, at) * is_row).sum(dim=2)
-        return torch.cat([received, seen.to(received), n_rows.to(received)], dim=1)
+        is_row = at.is_row[:, None, None].to(weights.dtype)
+        received = (is_row @ self._of_heads(weights, at)).squeeze(2)
+        seen = is_row[:, 0] @ (weights.amax(dim=1) > 0).to(weights.dtype)
+        return torch.cat(
+            [received, seen, is_row[:, 0].sum(dim=-1, keepdim=True).expand_as(seen)], 1
+        )
 
     def weights(self, weights: Tensor, at: At) -> Tensor:
         if at.tally is None:

@@ -92,7 +92,7 @@ class CMAI(Method):
 def _places(at: At) -> Tensor:
     """``[batch, prompt]``: the number of each text token behind the image, from 1; 0 elsewhere."""
     is_text = at.prompt.is_instruction
-    return is_text.long().cumsum(dim=1) * is_text
+    return at.once(f"places in {is_text.shape[1]}", lambda: is_text.long().cumsum(dim=1) * is_text)
 
 
 def _n_text(at: At) -> int:
