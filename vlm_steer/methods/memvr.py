@@ -82,8 +82,7 @@ class MemVR(Method):
 
     def carry(self, hidden: Tensor, carried: Tensor | None, at: At) -> Tensor:
         """``[batch, rows]``: whether each row waits, fires in this layer, or has fired."""
-        # Where looking waits for no accelerator: nothing is left to judge, so spare the head.
-        if carried is not None and carried.device.type == "cpu" and bool((carried > 0).all()):
+        if carried is not None and _is_known(carried != _WAITING):
             return torch.full_like(carried, _FIRED)
         deciding = max(at.prompt_rows - 1, 0)
         unsure = F.retrace_uncertainty(at.to_logits(hidden[:, deciding:])) > self.threshold
@@ -95,11 +94,14 @@ class MemVR(Method):
     def mlp(self, output: Tensor, at: At) -> Tensor:
         if at.image_features is None or at.mlp_input is None or at.carried is None:
             return output
+        fires = at.carried == _FIRES
+        if _is_known(~fires):
+            return output
         n = at.prompt_rows
         spans = ([slice(0, n)] if n else []) + [slice(i, i + 1) for i in range(n, output.shape[1])]
         parts = [self._retraced(output[:, span], at.mlp_input[:, span], span, at) for span in spans]
         sees_image = at.image_features.any(dim=-1).any(dim=-1)
-        fires = (at.carried == _FIRES) & sees_image[:, None]
+        fires = fires & sees_image[:, None]
         return torch.where(fires[..., None], torch.cat(parts, dim=1), output)
 
     def _retraced(self, output: Tensor, given: Tensor, span: slice, at: At) -> Tensor:
@@ -111,3 +113,8 @@ class MemVR(Method):
             mask=at.is_row[:, span],
             activation=self.activation,
         )
+
+
+def _is_known(holds: Tensor) -> bool:
+    """Whether something holds for every row, where looking does not wait for an accelerator."""
+    return holds.device.type == "cpu" and bool(holds.all())
