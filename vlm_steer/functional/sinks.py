@@ -229,7 +229,8 @@ def redistribute_sinks(
     image = visual[:, None, None, :]
     groups = (sink, sink & image, image & ~sink)
     if sinks.dim() == 2:
-        sink_mass, image_sink_mass, other_mass = column_sums(a, *torch.broadcast_tensors(*groups))
+        whole = torch.broadcast_tensors(*groups)  # type: ignore[no-untyped-call]
+        sink_mass, image_sink_mass, other_mass = column_sums(a, *whole)
     else:
         sink_mass, image_sink_mass, other_mass = (masked_sum(a, group) for group in groups)
     scales = sink_transfer_scales(
@@ -348,7 +349,8 @@ def spread_sinks(weights: Tensor, sinks: Tensor, targets: Tensor, *, keep: float
         New weights, shape and dtype of `weights`.
     """
     a = upcast(weights)
-    source, target = (columns[:, :, None, :] for columns in torch.broadcast_tensors(sinks, targets))
+    both = torch.broadcast_tensors(sinks, targets)  # type: ignore[no-untyped-call]
+    source, target = (columns[:, :, None, :] for columns in both)
     scales = transfer_scales(*column_sums(a, source, target), keep=keep)
     factor = torch.where(target, scales.target[..., None], 1.0)
     factor = torch.where(source, scales.source[..., None], factor)

@@ -230,7 +230,8 @@ class ObjectCheck(Detector):
             raise SteerError("object_check looks at the image. Pass evidence=Evidence(...).")
         if not self.models:
             raise ConfigError(
-                "object_check needs object detectors: --set object_check.models=[MODEL, ...]."
+                "object_check needs object detectors: models=[MODEL, ...] in Python, or "
+                "--set object_check.models=[MODEL, ...] of `vlm-steer detect`."
             )
         names = [_words_for(trace, unit)[-1] for unit in units]
         found = torch.tensor(
