@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from vlm_steer.detection._observers import Received
 from vlm_steer.engine.active import ACTIVE, Probe
-from vlm_steer.engine.call import Call, Forward, Stream
+from vlm_steer.engine.call import Call
+from vlm_steer.engine.forward import Forward
 from vlm_steer.engine.hooks import Columns, Selector
 from vlm_steer.engine.inputs import without_image
 from vlm_steer.engine.layout import Layout
 from vlm_steer.engine.model import ModelInfo, one_stream
 from vlm_steer.engine.plan import make_plan
+from vlm_steer.engine.streams import Stream
 from vlm_steer.errors import UnsupportedModelError
 
 __all__ = ["Lens", "blind_logprob", "predicted", "received", "token_stats"]

@@ -16,12 +16,14 @@ from vlm_steer.detection._inputs import answer_cue, prompt_layout, trace_layouts
 from vlm_steer.detection._observers import Maps, Masses
 from vlm_steer.detection._passes import Lens, blind_logprob, predicted, received, token_stats
 from vlm_steer.detection.trace import Trace, TraceLayout, char_spans
-from vlm_steer.engine.call import Call, Forward, Stream
+from vlm_steer.engine.call import Call
+from vlm_steer.engine.forward import Forward
 from vlm_steer.engine.grid import grids_among
 from vlm_steer.engine.hooks import Columns, Method, Selector
 from vlm_steer.engine.model import inspect_model, kept_module_state
 from vlm_steer.engine.plan import Plan, make_plan
 from vlm_steer.engine.steer import engaged, steer
+from vlm_steer.engine.streams import Stream
 from vlm_steer.errors import ConfigError
 from vlm_steer.generation import answer_ids, without_prompt
 

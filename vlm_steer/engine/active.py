@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from vlm_steer.engine.call import Forward
+    from vlm_steer.engine.forward import Forward
 
 __all__ = ["ACTIVE", "AttentionSite", "Enough", "Probe"]
 

@@ -19,7 +19,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlm_steer.engine.active import ACTIVE, Enough, Probe
-from vlm_steer.engine.call import EditedMask, Forward, Mask, Touch, dense_rows
+from vlm_steer.engine.call import Touch
+from vlm_steer.engine.forward import EditedMask, Forward, Mask, dense_rows
 from vlm_steer.engine.model import eager_function
 from vlm_steer.engine.plan import Work
 from vlm_steer.engine.rows import Rows, Seen, put

@@ -23,7 +23,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from vlm_steer.engine import caches
 from vlm_steer.engine.active import ACTIVE
-from vlm_steer.engine.call import Call, Forward, Stream
+from vlm_steer.engine.call import Call
+from vlm_steer.engine.forward import Forward
 from vlm_steer.engine.grid import grid_of
 from vlm_steer.engine.hooks import Branch, Columns, Insertion
 from vlm_steer.engine.inputs import (
@@ -43,6 +44,7 @@ from vlm_steer.engine.model import kept_module_state
 from vlm_steer.engine.pictures import blanked, check_places, of_tokens, shapes_of
 from vlm_steer.engine.plan import Bound
 from vlm_steer.engine.prompts import edit_of, with_image_instruction, with_insertion
+from vlm_steer.engine.streams import Stream
 from vlm_steer.errors import UnsupportedModelError
 
 __all__ = ["Backend", "Branches", "Source", "intercept", "is_capturing"]

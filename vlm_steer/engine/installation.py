@@ -16,8 +16,9 @@ from torch.utils.hooks import RemovableHandle
 
 from vlm_steer.engine.active import ACTIVE
 from vlm_steer.engine.branches import Source, intercept, is_capturing
-from vlm_steer.engine.call import Encoding, Forward
+from vlm_steer.engine.call import Encoding
 from vlm_steer.engine.control import Control
+from vlm_steer.engine.forward import Forward
 from vlm_steer.engine.model import ModelInfo, inspect_model
 from vlm_steer.engine.plan import Plan
 from vlm_steer.engine.run import Run, named_arguments

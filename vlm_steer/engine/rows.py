@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_steer.engine.call import Forward, Mask, Stream, Touch, fit
+from vlm_steer.engine.call import Touch
+from vlm_steer.engine.forward import Forward, Mask, fit
 from vlm_steer.engine.hooks import At
 from vlm_steer.engine.model import KNOWN_SCORE_OPTIONS, eager_function
 from vlm_steer.engine.plan import Bound, Work
 from vlm_steer.engine.rotary import Rotation
+from vlm_steer.engine.streams import Stream
 from vlm_steer.errors import UnsupportedModelError
 from vlm_steer.functional.fast import row_scores, weighted_values
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from vlm_steer.engine.active import ACTIVE, Enough, Probe
 from vlm_steer.engine.branches import Backend, Branches, Source
-from vlm_steer.engine.call import Call, Forward, Stream, states_after
+from vlm_steer.engine.call import Call
 from vlm_steer.engine.describe import write
+from vlm_steer.engine.forward import Forward
 from vlm_steer.engine.grid import grid_of, grids_among
 from vlm_steer.engine.hooks import Columns, LogitsAt, Method, Reference, Writing, Written
 from vlm_steer.engine.inputs import (
@@ -30,6 +31,7 @@ from vlm_steer.engine.model import kept_module_state
 from vlm_steer.engine.pictures import pictures_by_row
 from vlm_steer.engine.plan import Bound, Plan, make_plan
 from vlm_steer.engine.prompts import questions_in
+from vlm_steer.engine.streams import Stream, states_after
 from vlm_steer.engine.vision import image_attention
 from vlm_steer.errors import UnsupportedModelError
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from vlm_steer.engine.active import ACTIVE, Probe
 from vlm_steer.engine.branches import Backend
-from vlm_steer.engine.call import states_after
 from vlm_steer.engine.handle import Steering, put_on
 from vlm_steer.engine.installation import in_context, info_of
 from vlm_steer.engine.model import ModelInfo, inspect_model, unwrap
+from vlm_steer.engine.streams import states_after
 from vlm_steer.errors import ConfigError
 
 __all__ = ["Steering", "attach", "engaged", "last_hidden_states", "steer"]

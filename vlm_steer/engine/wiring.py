@@ -11,7 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from vlm_steer.engine import attention
 from vlm_steer.engine.active import ACTIVE
-from vlm_steer.engine.call import Encoding, Forward
+from vlm_steer.engine.call import Encoding
+from vlm_steer.engine.forward import Forward
 from vlm_steer.engine.inputs import token_tensor
 from vlm_steer.engine.model import ModelInfo
 from vlm_steer.engine.run import named_arguments
