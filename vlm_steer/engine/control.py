@@ -184,6 +184,7 @@ class _Decoding:
         self.ids = ids
         self.prompt_length = ids.shape[1]
         self.is_done = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+        self._n_tokens = torch.zeros(ids.shape[0], dtype=torch.long, device=ids.device)
         self.scores = self.logits = torch.empty(0)
         self.is_finished = False
         self._control, self._run, self._model = control, run, model
@@ -243,6 +244,7 @@ class _Decoding:
 
     def append(self, tokens: Tensor) -> None:
         tokens = tokens.masked_fill(self.is_done, self._pad)
+        self._n_tokens = self._n_tokens + ~self.is_done
         self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
         scores = tuple(self._kept["scores"]) if self._config.output_scores else None
         self.is_done = self.is_done | self._criteria(self.ids, scores)
@@ -275,6 +277,7 @@ class _Decoding:
     # -- rows ---------------------------------------------------------------------------------
     def reorder(self, rows: Tensor) -> None:
         self.ids, self.is_done = self.ids[rows], self.is_done[rows]
+        self._n_tokens = self._n_tokens[rows]
         self.scores, self.logits = self.scores[rows], self.logits[rows]
         self.trace = self.trace[rows]
         cache = self._kwargs.get("past_key_values")
@@ -290,7 +293,9 @@ class _Decoding:
         for kept in self._kept.values():
             del kept[n_passes:]
         self.ids, self.trace = self.ids[:, :-n], self.trace[:, :n_passes]
-        self.is_done = torch.zeros_like(self.is_done)
+        left = self.ids.shape[1] - self.prompt_length
+        self.is_done = self.is_done & (self._n_tokens <= left)  # others end later, or not at all
+        self._n_tokens = self._n_tokens.clamp(max=left)
         # The arguments of a pass, before what it had in its cache was added to.
         cache, self._kwargs = self._kwargs.get("past_key_values"), self._earlier[n_passes]
         del self._earlier[n_passes:]

@@ -143,7 +143,10 @@ class Decoding(Protocol):
         """Let every row go on as one of the same prompt, ``[rows]`` int64."""
 
     def take_back(self, n: int) -> None:
-        """Forget the last ``n`` tokens; scores and ``seen`` are those of the next ``append``."""
+        """Forget the last ``n`` tokens; scores and ``seen`` are those of the next ``append``.
+
+        Rows that had ended before stay ended.
+        """
 
     def commit(self, rows: Tensor, length: int) -> None:
         """Declare final what these rows hold, one per text to return; it is streamed.
