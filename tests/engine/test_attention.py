@@ -38,12 +38,13 @@ class LargestTensor(TorchDispatchMode):
 
 HOOKS = ("mask", "scores", "tally", "weights", "look", "choose", "heads", "observe")
 CONTRASTS = {"avisc", "only", "rbd", "sid"}
-OF_ONE_ROW = {"guided_decoding", "opera", "decore"}  # searches, and heads named in a file
 ACTS_IN_ATTENTION = [
     name
     for name in list_methods()
     if any(getattr(get_method(name), hook) is not getattr(Method, hook) for hook in HOOKS)
-    and name not in OF_ONE_ROW
+    # Searches read one row, and the heads of decore are named in a file.
+    and get_method(name).search is Method.search
+    and name != "decore"
 ]
 
 
