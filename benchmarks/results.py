@@ -149,6 +149,7 @@ def main() -> None:
 def measure(checkpoint: Checkpoint, methods: Sequence[str], sizes: Sizes) -> dict[str, Any]:
     """Choose strengths on validation scenes, then measure on the others."""
     left_out = checkpoint.refusals(methods)
+    left_out |= {name: "not measured" for name in _measurable() if name not in methods}
     methods = [name for name in methods if name not in left_out]
     arms = {name: _spec(name, best) for name, best in _tuned(checkpoint, methods, sizes).items()}
     shams = {f"sham:{name}": sham for name, spec in arms.items() if (sham := _sham(spec))}
