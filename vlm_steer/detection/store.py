@@ -235,18 +235,21 @@ class FittedDetector:
             found.check(model, processor, strict=strict)
         return found
 
+    def differing(self, here: Mapping[str, Any]) -> list[str]:
+        """What, of the facts given, is not as it was where the detector was fitted, in words."""
+        return [
+            f"{name} {self.made_for[name]} instead of {value}"
+            for name, value in here.items()
+            if self.made_for.get(name, value) != value
+        ]
+
     def check(self, model: Any, processor: Any, *, strict: bool = True) -> None:
         """Refuse, or warn of, a model or prompts that the detector was not made for.
 
         Raises:
             ConfigError: They differ, and ``strict`` is set.
         """
-        here = made_for(model, processor)
-        differing = [
-            f"{name} {self.made_for[name]} instead of {value}"
-            for name, value in here.items()
-            if name in self.made_for and self.made_for[name] != value
-        ]
+        differing = self.differing(made_for(model, processor))
         if not differing:
             return
         message = (

@@ -77,12 +77,7 @@ def fitted_guide(path: str, model: "ModelInfo") -> LookbackGuide:
             f"guided_decoding: {path} was fitted with --position residualize and asks how many "
             "words come before, which chunks of tokens do not tell. Fit it with none or ipw."
         )
-    here = model_shape(model)
-    differing = [
-        f"{name} {fitted.made_for[name]} instead of {value}"
-        for name, value in here.items()
-        if fitted.made_for.get(name, value) != value
-    ]
+    differing = fitted.differing(model_shape(model))
     if differing:
         raise ConfigError(
             f"guided_decoding: {path} was fitted on another model: {', '.join(differing)}. Fit a "
