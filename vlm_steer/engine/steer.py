@@ -11,7 +11,7 @@ from vlm_steer.engine.active import ACTIVE, Probe
 from vlm_steer.engine.branches import Backend
 from vlm_steer.engine.handle import Steering, put_on
 from vlm_steer.engine.installation import in_context, info_of
-from vlm_steer.engine.model import ModelInfo, inspect_model, unwrap
+from vlm_steer.engine.model import ModelInfo, unwrap
 from vlm_steer.engine.streams import states_after
 from vlm_steer.errors import ConfigError
 
@@ -102,8 +102,8 @@ def last_hidden_states(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     Raises:
         UnsupportedModelError: The model cannot be steered at all.
     """
-    with steer(model, None):
-        info = inspect_model(model)
+    with steer(model, None) as steering:
+        info = steering.plan.model
         probe = Probe(taps=frozenset(info.layers))
         token = ACTIVE.set(probe)
         try:
