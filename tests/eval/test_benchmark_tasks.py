@@ -10,9 +10,11 @@ import pytest
 from vlm_steer.cli import main
 from vlm_steer.errors import ConfigError, DataError
 from vlm_steer.generation import render_prompt
+from vlm_steer_eval.benchmarks.beaf import beaf_task, score_beaf
 from vlm_steer_eval.benchmarks.judge import RecordedJudge
 from vlm_steer_eval.benchmarks.mme import score_mme
 from vlm_steer_eval.benchmarks.mmvp import load_mmvp, mmvp_task, read_choice, score_mmvp
+from vlm_steer_eval.benchmarks.opope import opope_task, score_opope
 from vlm_steer_eval.benchmarks.published import (
     amber_task,
     hallusion_task,
@@ -20,6 +22,7 @@ from vlm_steer_eval.benchmarks.published import (
     mmhal_task,
 )
 from vlm_steer_eval.benchmarks.sycophancy import SYCOPHANCY_METRICS, SycophancyTask, claim, pressed
+from vlm_steer_eval.commands import origins
 from vlm_steer_eval.running.arms import parse_arms
 from vlm_steer_eval.running.generation import Settings
 from vlm_steer_eval.running.results import evaluate, score_all
@@ -212,6 +215,125 @@ def test_sycophancy_runs_from_the_command_line_and_resumes(
     with pytest.raises(SystemExit):
         main([*arguments[:-2], "--variants", "shouting", "--output", str(tmp_path / "x")])
     assert "choose different ones of leading, challenge" in capsys.readouterr().err
+
+
+# -- captions and edited pictures -------------------------------------------------------------
+def _main(*arguments):
+    """Exit code of `vlm-steer ...`."""
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+def test_captions_of_a_run_answer_questions_as_captions_of_a_file_do(
+    question_file, image_folder, tmp_path
+):
+    texts = {
+        "scene_0.png": "A car.", "scene_1.png": "A dog.", "scene_2.png": "A traffic light.",
+        "scene_3.png": "Two cars and a traffic jam.",
+    }  # fmt: skip
+    captions = [{"image": name, "caption": text} for name, text in texts.items()]
+    plain = local_pope([question_file], image_folder).items
+    for reader in ("table", "halc"):
+        task = opope_task(plain, prompt="Describe it.", reader=reader)
+        assert [item.prompt for item in task.items] == ["Describe it."] * 4
+        by_id = {item.id: texts[item.image.path.name] for item in task.items}
+        written = _write(tmp_path / "captions.jsonl", captions)
+        expected = score_opope(written, question_file, reader=reader, n_resamples=5)
+        summary = _evaluated(task, by_id)
+        assert summary["arms"]["none"]["random"]["n"] == 8
+        found = _values(summary, "random")
+        assert found == {name: m["value"] for name, m in expected["metrics"].items()}
+    other = question_file.with_name("pope_popular.jsonl")
+    other.write_text(question_file.read_text())
+    task = opope_task(local_pope([question_file, other], image_folder).items, prompt="?")
+    assert len(task.items) == 4  # one caption answers the questions of both files
+    summary = _evaluated(task, by_id)
+    assert list(summary["arms"]["none"]) == ["random", "popular", "all"]
+    assert _values(summary, "random") == _values(summary, "popular")
+    _write(other, [{"question_id": 1, "image": "a.png", "text": "Is it red?", "label": "no"}])
+    with pytest.raises(DataError, match="names no object"):
+        opope_task(local_pope([other], image_folder).items, prompt="?")
+
+
+def test_opope_runs_from_the_command_line_resumes_and_is_read_otherwise(
+    capsys, question_file, image_folder, tmp_path
+):
+    data = ["--questions", question_file, "--images", image_folder, "--resamples", 20]
+    run = ["eval", "opope", *data, "--methods", "pai", "--max-new-tokens", 4]
+    output = tmp_path / "out"
+    for _ in range(2):
+        assert _main(*run, "--output", output) == 0
+        assert len((output / "generations.jsonl").read_text().splitlines()) == 2 * 4
+    assert "f_0.2" in capsys.readouterr().out
+    again = tmp_path / "again"
+    read = ["eval", "opope", *data, "--rescore", output, "--reader", "halc", "--output", again]
+    assert _main(*read) == 0
+    assert json.loads((again / "scores.json").read_text())["reader"] == "halc"
+    assert _main("compare", output, "--resamples", 20, "--output", tmp_path / "compared") == 0
+    assert _main("compare", output, again, "--output", tmp_path / "x") == 2
+
+
+def test_captions_of_the_embedded_scenes_are_read_by_their_categories():
+    task = origins.opope_task(scenes="iid", limit=2, seed=0, splits=["random"], prompt="Describe.")
+    assert len(task.items) == 2
+    asked = task.items[0].gold["questions"][0]
+    assert asked.part == "random"
+    assert task.mentions(asked.object, f"There is a {asked.object} here.")
+
+
+@pytest.fixture
+def beaf_file(image_folder, tmp_path):
+    """Two pictures, each with a copy that lacks an object."""
+    rows = []
+    for n in range(2):
+        (image_folder / f"scene_{n}.png").rename(image_folder / f"img{n}.png")
+        (image_folder / f"scene_{n + 2}.png").rename(image_folder / f"img{n}_01.png")
+        for edited in (False, True):
+            for thing in ("car", "dog"):
+                rows.append({
+                    "id": len(rows), "image": f"img{n}{'_01' * edited}.png",
+                    "question": f"Is there {thing} in this image?",
+                    "gt": "no" if edited and thing == "car" else "yes",
+                    "orig_img": not edited, "removed_q": edited and thing == "car",
+                })  # fmt: skip
+    return _write(tmp_path / "beaf_qna.json", rows)
+
+
+def test_beaf_of_a_run_scores_like_its_answer_file(beaf_file, image_folder, tmp_path):
+    for parser in ("robust", "official"):
+        task = beaf_task(beaf_file, image_folder, parser=parser, suffix=" One word.")
+        assert task.items[0].prompt == "Is there car in this image? One word."
+        said = ("Yes", "Hm", "no.", "Yes")
+        texts = {item.id: said[n * n % 3 + n % 2] for n, item in enumerate(task.items)}
+        rows = [{"id": name, "answer": text} for name, text in texts.items()]
+        answers = _write(tmp_path / "answers.jsonl", rows)
+        expected = score_beaf(beaf_file, answers, parser=parser, n_resamples=5)
+        summary = _evaluated(task, texts)
+        assert _values(summary) == {k: m["value"] for k, m in expected["metrics"].items()}
+    assert "first_token" in summary["arms"]["none"]["all"]
+    # What was asked about an edited picture counts only beside the same about the original.
+    fewer = _evaluated(task, {name: text for name, text in texts.items() if name != "0"})
+    assert fewer["arms"]["none"]["all"]["n"] == len(texts) - 2
+    assert len(beaf_task(beaf_file, image_folder, limit=1).items) == 4
+    with pytest.raises(DataError, match="does not exist"):
+        beaf_task(beaf_file, tmp_path / "nowhere")
+
+
+def test_beaf_runs_from_the_command_line_and_resumes(beaf_file, image_folder, tmp_path):
+    data = ["--questions", beaf_file, "--images", image_folder, "--resamples", 20]
+    run = ["eval", "beaf", *data, "--methods", "pai", "--max-new-tokens", 2]
+    output = tmp_path / "out"
+    for _ in range(2):
+        assert _main(*run, "--output", output) == 0
+        assert len((output / "generations.jsonl").read_text().splitlines()) == 2 * 8
+    scores = json.loads((output / "scores.json").read_text())
+    assert set(scores["arms"]["pai"]["all"]["metrics"]) >= {"TU", "IG", "SBp", "SBn", "ID"}
+    again = ["--rescore", output, "--parser", "official", "--output", tmp_path / "again"]
+    assert _main("eval", "beaf", *data, *again) == 0
+    assert _main("compare", output, "--resamples", 20, "--output", tmp_path / "compared") == 0
 
 
 # -- published files --------------------------------------------------------------------------

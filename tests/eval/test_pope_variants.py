@@ -121,8 +121,12 @@ def test_bad_pairs_are_named(tmp_path):
     path = _write(tmp_path / "q.jsonl", [row | {"orig_img": False, "removed_q": True}])
     with pytest.raises(DataError, match="not asked about the original"):
         score_beaf(path, path)
-    _write(path, [row])
-    with pytest.raises(DataError, match="orig_img"):
+    for malformed in (row, {name: row[name] for name in ("id", "image", "gt")}):
+        _write(path, [malformed])
+        with pytest.raises(DataError, match="orig_img"):
+            score_beaf(path, path)
+    _write(path, [row | {"orig_img": True, "removed_q": False}] * 2)
+    with pytest.raises(DataError, match="more than once"):
         score_beaf(path, path)
 
 

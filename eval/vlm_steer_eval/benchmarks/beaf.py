@@ -8,14 +8,25 @@ from typing import Any
 from vlm_steer.errors import DataError
 from vlm_steer_eval.choices import BeafParser
 from vlm_steer_eval.files import read_rows
+from vlm_steer_eval.running.images import FileImage
+from vlm_steer_eval.running.sources import require_folder, subset
 from vlm_steer_eval.statistics.counts import Unit
 from vlm_steer_eval.statistics.metrics import MetricSet, harmonic_mean, ratio, summarise
 
 from .pope import Answer, parse_answer
-from .questions import check_answered, list_some, load_texts
+from .questions import check_answered, list_some, load_texts, refuse_duplicates
 from .scoring import write_scores
+from .tasks import YES_NO, Item, Scored
 
-__all__ = ["BEAF_METRICS", "BeafQuestion", "beaf_counts", "load_beaf", "score_beaf"]
+__all__ = [
+    "BEAF_METRICS",
+    "BeafQuestion",
+    "BeafTask",
+    "beaf_counts",
+    "beaf_task",
+    "load_beaf",
+    "score_beaf",
+]
 
 
 @dataclass(frozen=True)
@@ -51,14 +62,15 @@ def load_beaf(path: Path) -> list[BeafQuestion]:
     """Rows with `id`, `image`, `question`, `gt`, `orig_img` and `removed_q`.
 
     Raises:
-        DataError: the file is malformed, or a question about an edited picture lacks the same
-            question about the original.
+        DataError: the file is malformed, an id occurs twice, or a question about an edited picture
+            lacks the same question about the original.
     """
     questions = []
     for number, row in enumerate(read_rows(path), 1):
         label = str(row.get("gt")).strip().lower()
         flags = (row.get("orig_img"), row.get("removed_q"))
-        known = row.get("id") is not None and row.get("image") and isinstance(row["question"], str)
+        is_asked = row.get("image") and isinstance(row.get("question"), str)
+        known = row.get("id") is not None and is_asked
         if not known or label not in ("yes", "no") or not all(isinstance(f, bool) for f in flags):
             raise DataError(
                 f"{path}, row {number}: expected id, image, question, gt (yes or no), orig_img and "
@@ -74,6 +86,7 @@ def load_beaf(path: Path) -> list[BeafQuestion]:
                 bool(row["removed_q"]),
             )
         )
+    refuse_duplicates(path, [question.id for question in questions])
     before = {(q.image, q.text) for q in questions if q.is_original}
     alone = [q.id for q in questions if (q.original, q.text) not in before]
     if alone:
@@ -179,12 +192,20 @@ def _sample(question: BeafQuestion, text: str, answer: Answer | None) -> Mapping
 
 
 def _read(texts: Sequence[str], parser: BeafParser) -> list[Answer | None]:
+    return _in_order([_read_one(text, parser) for text in texts], parser)
+
+
+def _read_one(text: str, parser: BeafParser) -> Answer | None:
+    return parse_answer("robust" if parser == "robust" else "repope", text, "no").answer
+
+
+def _in_order(found: Sequence[Answer | None], parser: BeafParser) -> list[Answer | None]:
+    """The readings as they count: the published script repeats the one before an unread answer."""
     if parser == "robust":
-        return [parse_answer("robust", text, "no").answer for text in texts]
+        return list(found)
     read: list[Answer | None] = []
-    for text in texts:
-        found = parse_answer("repope", text, "no").answer
-        read.append(found or (read[-1] if read else None))
+    for answer in found:
+        read.append(answer or (read[-1] if read else None))
     return read
 
 
@@ -221,3 +242,83 @@ BEAF_METRICS = MetricSet(
     },
 )  # fmt: skip
 """Metrics of BEAF, fractions: true understanding, ignorance, stubbornness, indecision."""
+
+
+@dataclass(frozen=True)
+class BeafTask:
+    """Questions before and after an object is removed; `gold["question"]` is the question.
+
+    Attributes:
+        items: one per question, in the order of the file.
+        parser: how answers are read. `parsed` in `samples.jsonl` is what the answer itself says;
+            `official` counts the reading before it where it says nothing.
+    """
+
+    items: Sequence[Item]
+    parser: BeafParser = "robust"
+    name: str = "beaf"
+    metrics: MetricSet = BEAF_METRICS
+    first_token_words: tuple[Sequence[str], Sequence[str]] = YES_NO
+
+    @property
+    def scoring(self) -> Mapping[str, Any]:
+        """The parser's name."""
+        return {"parser": self.parser}
+
+    def score(self, item: Item, text: str) -> Scored:
+        """Read one answer."""
+        read = _read_one(text, self.parser)
+        return Scored((), {"label": item.gold["label"], "parsed": read})
+
+    def units(self, scores: Mapping[str, Scored]) -> list[Unit]:
+        """One unit per question; those about edited pictures need the original's answer."""
+        answered = [item for item in self.items if item.id in scores]
+        asked: list[BeafQuestion] = [item.gold["question"] for item in answered]
+        read = _in_order([scores[item.id].details["parsed"] for item in answered], self.parser)
+        known = {(question.image, question.text) for question in asked}
+        whole = [i for i, q in enumerate(asked) if (q.original, q.text) in known]
+        rows = beaf_counts([asked[i] for i in whole], [read[i] for i in whole])
+        return [
+            Unit(asked[i].id, asked[i].original, "all", row)
+            for i, row in zip(whole, rows, strict=True)
+        ]
+
+
+def beaf_task(
+    questions: Path,
+    images: Path,
+    *,
+    parser: BeafParser = "robust",
+    limit: int | None = None,
+    seed: int = 0,
+    suffix: str = "",
+) -> BeafTask:
+    """BEAF from its question file and the folder of original and edited pictures.
+
+    Args:
+        questions: see `load_beaf`.
+        images: the folder.
+        parser: how answers are read.
+        limit: number of original pictures, each with its edited copies; None for all.
+        seed: seed of their choice.
+        suffix: appended to every question.
+
+    Raises:
+        DataError: the file is malformed, or the folder does not exist.
+    """
+    require_folder(images)
+    asked = load_beaf(questions)
+    chosen = set(subset((question.original for question in asked), limit, seed))
+    items = [
+        Item(
+            id=question.id,
+            image=FileImage(images / question.image),
+            prompt=question.text + suffix,
+            split="all",
+            cluster=question.original,
+            gold={"label": question.label, "question": question},
+        )
+        for question in asked
+        if question.original in chosen
+    ]
+    return BeafTask(items, parser)

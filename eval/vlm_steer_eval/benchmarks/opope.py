@@ -6,22 +6,33 @@ An object is taken for a "yes" when the caption mentions it. `table` reads capti
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlm_steer.errors import DataError
 from vlm_steer_eval.choices import Missing, OpopeReader
+from vlm_steer_eval.running.images import ImageSource
 from vlm_steer_eval.statistics.counts import Unit
 from vlm_steer_eval.statistics.metrics import Floats, MetricSet, ratio, summarise
 
 from .chair import TableNormaliser
 from .pope import POPE_METRICS, Answer, parse_answer, pope_counts
-from .questions import PopeQuestion, check_answered, load_questions
+from .questions import check_answered, load_questions
 from .scoring import load_captions, summarise_parts, write_scores
+from .tasks import Item, Scored
 from .vocabulary import ObjectVocabulary, plural
 
-__all__ = ["OPOPE_METRICS", "mentions_by_table", "mentions_by_word", "score_opope"]
+__all__ = [
+    "OPOPE_METRICS",
+    "OpopeTask",
+    "mentions_by_table",
+    "mentions_by_word",
+    "opope_task",
+    "score_opope",
+]
 
 Mentions = Callable[[str, str], bool]
 
@@ -79,7 +90,7 @@ def score_opope(
         DataError: a file cannot be used, or images lack a caption.
     """
     asked = load_questions(questions)
-    objects = {question.id: _object(questions, question) for question in asked}
+    objects = {q.id: _object(q.text, f"{questions}, question {q.id}") for q in asked}
     given = _by_image(captions)
     silent = check_answered(
         captions,
@@ -92,12 +103,9 @@ def score_opope(
         missing=missing,
     )
     kept = [question for question in asked if question.cluster in given]
-    rule = mentions_by_word if reader == "halc" else mentions_by_table(ObjectVocabulary.coco())
+    rule = _rule(reader, ObjectVocabulary.coco())
     said: list[Answer] = ["yes" if rule(objects[q.id], given[q.cluster]) else "no" for q in kept]
-    counts = [
-        pope_counts(parse_answer("official", answer, q.label))
-        for q, answer in zip(kept, said, strict=True)
-    ]
+    counts = [_counts(answer, q.label) for q, answer in zip(kept, said, strict=True)]
     clusters = [question.cluster for question in kept]
     result: dict[str, Any] = {
         "benchmark": "opope",
@@ -132,12 +140,20 @@ def score_opope(
     return result
 
 
-def _object(path: Path, question: PopeQuestion) -> str:
-    found = _QUESTION.match(question.text)
+def _rule(reader: OpopeReader, vocabulary: ObjectVocabulary) -> Mentions:
+    return mentions_by_word if reader == "halc" else mentions_by_table(vocabulary)
+
+
+def _counts(said: Answer, label: Answer) -> list[int]:
+    return pope_counts(parse_answer("official", said, label))
+
+
+def _object(text: str, where: str) -> str:
+    found = _QUESTION.match(text)
     if found is None:
         raise DataError(
-            f"{path}, question {question.id}: {question.text!r} names no object; expected a "
-            "question such as 'Is there a dog in the image?'"
+            f"{where}: {text!r} names no object; expected a question such as 'Is there a dog in "
+            "the image?'"
         )
     return found.group(1)
 
@@ -168,3 +184,108 @@ OPOPE_METRICS = MetricSet(
     higher_is_better={**dict.fromkeys(_SHARED, True), "f_0.2": True},
 )
 """Metrics of OPOPE; F with beta 0.2 leans to precision, as captions cannot name everything."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One of the questions that a caption answers."""
+
+    id: str
+    object: str
+    label: Answer
+    part: str
+
+
+@dataclass(frozen=True)
+class OpopeTask:
+    """Captions that answer questions; `gold["questions"]` are those about the image.
+
+    Attributes:
+        items: one per image.
+        mentions: whether a caption mentions an object.
+        reader: the name of that rule.
+    """
+
+    items: Sequence[Item]
+    mentions: Mentions
+    reader: OpopeReader
+    name: str = "opope"
+    metrics: MetricSet = OPOPE_METRICS
+    first_token_words: None = None
+
+    @property
+    def scoring(self) -> Mapping[str, Any]:
+        """How captions are read."""
+        return {"reader": self.reader}
+
+    def score(self, item: Item, text: str) -> Scored:
+        """Answer the questions about one image by its caption."""
+        asked: Sequence[_Asked] = item.gold["questions"]
+        said: dict[str, Answer] = {
+            question.id: "yes" if self.mentions(question.object, text) else "no"
+            for question in asked
+        }
+        rows = [_counts(said[question.id], question.label) for question in asked]
+        right = sum(said[question.id] == question.label for question in asked)
+        note = f"{right} of {len(asked)} questions right"
+        sums = [sum(column) for column in zip(*rows, strict=True)]
+        return Scored(sums, {"said": said, "note": note})
+
+    def units(self, scores: Mapping[str, Scored]) -> list[Unit]:
+        """One unit per question."""
+        return [
+            Unit(
+                question.id,
+                item.cluster,
+                question.part,
+                _counts(scores[item.id].details["said"][question.id], question.label),
+            )
+            for item in self.items
+            if item.id in scores
+            for question in item.gold["questions"]
+        ]
+
+
+def opope_task(
+    questions: Sequence[Item],
+    *,
+    prompt: str,
+    reader: OpopeReader = "table",
+    vocabulary: ObjectVocabulary | None = None,
+) -> OpopeTask:
+    """Captions of the images that yes/no questions about objects are about.
+
+    Args:
+        questions: items with `gold["label"]` of POPE, one caption is written for all about an
+            image.
+        prompt: what the user says instead of them.
+        reader: how captions are read.
+        vocabulary: the objects that `table` knows; those of COCO by default.
+
+    Raises:
+        DataError: a question names no object.
+    """
+    by_image: dict[ImageSource, list[Item]] = {}
+    for question in questions:
+        by_image.setdefault(question.image, []).append(question)
+    seen: Counter[str] = Counter()
+    items = []
+    for image, group in by_image.items():
+        cluster = group[0].cluster
+        seen[cluster] += 1
+        asked = [
+            _Asked(q.id, _object(q.prompt, f"question {q.id}"), q.gold["label"], q.split)
+            for q in group
+        ]
+        present = dict.fromkeys(q.object for q in asked if q.label == "yes")
+        items.append(
+            Item(
+                id=cluster if seen[cluster] == 1 else f"{cluster} ({seen[cluster]})",
+                image=image,
+                prompt=prompt,
+                split="all",
+                cluster=cluster,
+                gold={"questions": asked, "truth": ", ".join(present)},
+            )
+        )
+    return OpopeTask(items, _rule(reader, vocabulary or ObjectVocabulary.coco()), reader)

@@ -19,6 +19,7 @@ __all__ = [
     "load_answers",
     "load_questions",
     "load_texts",
+    "refuse_duplicates",
 ]
 
 _SHOWN = 5
@@ -70,7 +71,7 @@ def load_questions(path: Path, *, dialogues: bool = False) -> list[PopeQuestion]
             questions += _dialogue(path, number, row)
         else:
             questions.append(_question(path, number, row))
-    _refuse_duplicates(path, [question.id for question in questions])
+    refuse_duplicates(path, [question.id for question in questions])
     return questions
 
 
@@ -112,7 +113,7 @@ def load_texts(path: Path, ids: Sequence[str], texts: Sequence[str]) -> dict[str
                 f"{' or '.join(repr(key) for key in texts)}, found the keys {sorted(row)}"
             )
         answers[names[-1]] = text
-    _refuse_duplicates(path, names)
+    refuse_duplicates(path, names)
     return answers
 
 
@@ -149,6 +150,16 @@ def check_answered(
             f"({id_name}{list_some(unanswered)}); {advice}"
         )
     return unanswered
+
+
+def refuse_duplicates(path: Path, ids: Sequence[str]) -> None:
+    """Raise `DataError` where an id of a file's rows occurs more than once."""
+    repeated = [name for name, count in Counter(ids).items() if count > 1]
+    if repeated:
+        raise DataError(
+            f"{path}: {len(repeated)} question ids occur more than once ({list_some(repeated)}); "
+            "remove the repeated rows or number them anew"
+        )
 
 
 def list_some(values: Sequence[object]) -> str:
@@ -238,12 +249,3 @@ def _required(path: Path, number: int, row: Mapping[str, Any], name: str) -> str
             "so give every row one"
         )
     return str(value)
-
-
-def _refuse_duplicates(path: Path, ids: Sequence[str]) -> None:
-    repeated = [name for name, count in Counter(ids).items() if count > 1]
-    if repeated:
-        raise DataError(
-            f"{path}: {len(repeated)} question ids occur more than once ({list_some(repeated)}); "
-            "remove the repeated rows or number them anew"
-        )

@@ -12,7 +12,7 @@ from vlm_steer.commands.options import Seed
 
 from .compare import compare
 from .detect import register as register_detect
-from .evaluation import eval_chair, eval_pope, eval_power, eval_presets
+from .evaluation import eval_chair, eval_opope, eval_pope, eval_power, eval_presets
 from .options import (
     EmbeddedScenes,
     Methods,
@@ -20,6 +20,7 @@ from .options import (
 )
 from .published import (
     eval_amber,
+    eval_beaf,
     eval_hallusionbench,
     eval_mme,
     eval_mmhal,
@@ -53,6 +54,15 @@ def register(app: typer.Typer) -> None:
         "chair",
         epilog="Example: vlm-steer eval chair --model tiny --methods none,vcd --output out",
     )(eval_chair)
+    evaluate.command(
+        "opope",
+        epilog="Example: vlm-steer eval opope --model tiny --methods none,vcd --output out",
+    )(eval_opope)
+    evaluate.command(
+        "beaf",
+        epilog="Example: vlm-steer eval beaf --questions beaf_qna.json --images images --model M "
+        "--methods none,var --output out",
+    )(eval_beaf)
     evaluate.command(
         "amber",
         epilog="Example: vlm-steer eval amber --data AMBER/data --images AMBER/image --model M "

@@ -9,6 +9,9 @@ from vlm_steer.errors import ConfigError
 
 from .groups import RunOptions, spelled_out
 from .options import (
+    BuiltFrom,
+    BuiltSplits,
+    CaptionPrompt,
     Columns,
     Dataset,
     DatasetSplit,
@@ -17,38 +20,32 @@ from .options import (
     ImageList,
     Lemmas,
     NormaliserOption,
+    OpopeReaderOption,
     ParserOption,
+    QuestionFiles,
     SharePrefix,
     Streaming,
     Suffix,
     Synonyms,
 )
-from .origins import chair_task, pope_task
+from .origins import chair_task, opope_task, pope_task
 from .run import check_early, chosen_splits, run_and_show
 
-__all__ = ["eval_chair", "eval_pope", "eval_power", "eval_presets"]
+__all__ = ["eval_chair", "eval_opope", "eval_pope", "eval_power", "eval_presets"]
 
 
 @spelled_out("pope", max_new_tokens=16)
 def eval_pope(
     run: RunOptions,
     scenes: EmbeddedScenes = "broken",
-    questions: Annotated[
-        list[Path] | None,
-        typer.Option("--questions", help="POPE question file; needs --images. Repeatable."),
-    ] = None,
-    annotations: Annotated[
-        Path | None,
-        typer.Option("--annotations", help="COCO instances file to build questions from."),
-    ] = None,
+    questions: QuestionFiles = None,
+    annotations: BuiltFrom = None,
     images: ImageFolder = None,
     dataset: Dataset = None,
     dataset_split: DatasetSplit = "test",
     streaming: Streaming = False,
     columns: Columns = None,
-    splits: Annotated[
-        str, typer.Option("--splits", help="Splits to build: random,popular,adversarial.")
-    ] = "random,popular,adversarial",
+    splits: BuiltSplits = "random,popular,adversarial",
     suffix: Suffix = "",
     parser: ParserOption = "robust",
     share_prefix: SharePrefix = True,
@@ -90,9 +87,7 @@ def eval_chair(
     dataset_split: DatasetSplit = "test",
     streaming: Streaming = False,
     columns: Columns = None,
-    prompt: Annotated[
-        str, typer.Option("--prompt", help="What the model is asked.")
-    ] = "Please describe this image in detail.",
+    prompt: CaptionPrompt = "Please describe this image in detail.",
     normaliser: NormaliserOption = "table",
     synonyms: Synonyms = None,
     lemmas: Lemmas = None,
@@ -113,6 +108,33 @@ def eval_chair(
         normaliser=normaliser,
         synonyms=synonyms,
         lemmas=lemmas,
+        limit=run.limit,
+        seed=run.seed,
+    )
+    run_and_show(task, run)
+
+
+@spelled_out("opope", max_new_tokens=512)
+def eval_opope(
+    run: RunOptions,
+    scenes: EmbeddedScenes = "broken",
+    questions: QuestionFiles = None,
+    annotations: BuiltFrom = None,
+    images: ImageFolder = None,
+    splits: BuiltSplits = "random,popular,adversarial",
+    prompt: CaptionPrompt = "Please describe this image in detail.",
+    reader: OpopeReaderOption = "table",
+) -> None:
+    """Describe every image once, and answer POPE's questions about it from the caption."""
+    check_early(run)
+    task = opope_task(
+        scenes=scenes,
+        questions=questions,
+        annotations=annotations,
+        images=images,
+        splits=chosen_splits(splits),
+        prompt=prompt,
+        reader=reader,
         limit=run.limit,
         seed=run.seed,
     )

@@ -14,6 +14,7 @@ from vlm_steer_eval.choices import (
     MmhalReading,
     MmvpParser,
     NormaliserName,
+    OpopeReader,
     ParserName,
     ScenesName,
 )
@@ -23,6 +24,9 @@ __all__ = [
     "AmberSimilarity",
     "BeafParserOption",
     "Beams",
+    "BuiltFrom",
+    "BuiltSplits",
+    "CaptionPrompt",
     "Columns",
     "Controls",
     "Dataset",
@@ -40,9 +44,11 @@ __all__ = [
     "MmeParserOption",
     "MmvpParserOption",
     "NormaliserOption",
+    "OpopeReaderOption",
     "OutputFolder",
     "ParserOption",
     "PresetName",
+    "QuestionFiles",
     "RatingOption",
     "Repeat",
     "Resamples",
@@ -151,6 +157,10 @@ HallusionParserOption = Annotated[
 ]
 MmeParserOption = Annotated[MmeParser, typer.Option("--parser", help="How answers are read.")]
 MmvpParserOption = Annotated[MmvpParser, typer.Option("--parser", help="How answers are read.")]
+OpopeReaderOption = Annotated[
+    OpopeReader,
+    typer.Option("--reader", help="table: as CHAIR reads; halc: any word, anywhere."),
+]
 SharePrefix = Annotated[
     bool, typer.Option(help="Compute each image once for its questions, where methods allow it.")
 ]
@@ -195,6 +205,18 @@ PresetName = Annotated[
         help="A published protocol, or your own YAML; `vlm-steer eval presets` lists them. "
         "Options that you write win.",
     ),
+]
+BuiltSplits = Annotated[
+    str, typer.Option("--splits", help="Splits to build: random,popular,adversarial.")
+]
+CaptionPrompt = Annotated[str, typer.Option("--prompt", help="What the model is asked.")]
+QuestionFiles = Annotated[
+    list[Path] | None,
+    typer.Option("--questions", help="POPE question file; needs --images. Repeatable."),
+]
+BuiltFrom = Annotated[
+    Path | None,
+    typer.Option("--annotations", help="COCO instances file to build questions from."),
 ]
 Suffix = Annotated[
     str, typer.Option("--suffix", help="Appended to every question of your own data.")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm_steer.errors import ConfigError
-from vlm_steer_eval.choices import NormaliserName
+from vlm_steer_eval.choices import NormaliserName, OpopeReader
 
 from .run import (
     chosen_normaliser,
@@ -16,10 +16,11 @@ from .run import (
 )
 
 if TYPE_CHECKING:
+    from vlm_steer_eval.benchmarks.opope import OpopeTask
     from vlm_steer_eval.benchmarks.pope_builder import Strategy
     from vlm_steer_eval.benchmarks.tasks import ChairTask, PopeTask
 
-__all__ = ["chair_task", "pope_task"]
+__all__ = ["chair_task", "opope_task", "pope_task"]
 
 _CAPTIONED_SCENES, _ASKED_SCENES = 300, 100
 
@@ -149,3 +150,42 @@ def pope_task(
     return embedded_pope(
         str(scenes), splits=splits, limit=limit or _ASKED_SCENES, seed=seed, parser=parser
     )
+
+
+def opope_task(
+    *,
+    scenes: str | None,
+    limit: int | None,
+    seed: int,
+    splits: "Sequence[Strategy]",
+    prompt: str,
+    questions: Sequence[Path] | None = None,
+    annotations: Path | None = None,
+    images: Path | None = None,
+    reader: OpopeReader = "table",
+) -> "OpopeTask":
+    """One caption for the questions about each image, which come from where POPE's do.
+
+    The options are those of `vlm-steer eval opope`. Captions of the embedded scenes are read by
+    the names of their categories.
+
+    Raises:
+        ConfigError: options contradict each other, or one has no effect.
+        DataError: a file cannot be used, or a question names no object.
+    """
+    from vlm_steer.tiny import CATEGORIES
+    from vlm_steer_eval.benchmarks.opope import opope_task as task_of
+    from vlm_steer_eval.benchmarks.vocabulary import ObjectVocabulary
+
+    asked = pope_task(
+        scenes=scenes,
+        limit=limit,
+        seed=seed,
+        splits=splits,
+        questions=questions,
+        annotations=annotations,
+        images=images,
+    )
+    is_embedded = not questions and annotations is None
+    vocabulary = ObjectVocabulary.from_names(CATEGORIES) if is_embedded else None
+    return task_of(asked.items, prompt=prompt, reader=reader, vocabulary=vocabulary)

@@ -12,6 +12,7 @@ from .groups import RunOptions, spelled_out
 from .options import (
     AmberParserOption,
     AmberSimilarity,
+    BeafParserOption,
     EmbeddedScenes,
     HallusionJudge,
     HallusionParserOption,
@@ -20,6 +21,7 @@ from .options import (
     MmeParserOption,
     MmvpParserOption,
     ParserOption,
+    QuestionFiles,
     RatingOption,
     SharePrefix,
     Suffix,
@@ -29,6 +31,7 @@ from .run import check_early, chosen_judge, refuse_on_scenes, required_folder, r
 
 __all__ = [
     "eval_amber",
+    "eval_beaf",
     "eval_hallusionbench",
     "eval_mme",
     "eval_mmhal",
@@ -63,6 +66,28 @@ def eval_amber(
         limit=run.limit,
         seed=run.seed,
         suffix=suffix,
+    )
+    run_and_show(task, run, share_prefix=share_prefix)
+
+
+@spelled_out("beaf", max_new_tokens=16)
+def eval_beaf(
+    run: RunOptions,
+    questions: Annotated[
+        Path,
+        typer.Option("--questions", help="Rows with id, image, question, gt, orig_img, removed_q."),
+    ],
+    images: TaskImages,
+    parser: BeafParserOption = "robust",
+    suffix: Suffix = "",
+    share_prefix: SharePrefix = True,
+) -> None:
+    """Run BEAF: the same questions before and after an object is taken out of the picture."""
+    from vlm_steer_eval.benchmarks.beaf import beaf_task
+
+    check_early(run)
+    task = beaf_task(
+        questions, images, parser=parser, limit=run.limit, seed=run.seed, suffix=suffix
     )
     run_and_show(task, run, share_prefix=share_prefix)
 
@@ -169,10 +194,7 @@ def eval_mmvp(
 def eval_sycophancy(
     run: RunOptions,
     scenes: EmbeddedScenes = "broken",
-    questions: Annotated[
-        list[Path] | None,
-        typer.Option("--questions", help="POPE question file; needs --images. Repeatable."),
-    ] = None,
+    questions: QuestionFiles = None,
     images: ImageFolder = None,
     variants: Annotated[
         str, typer.Option("--variants", help="leading (opinion first), challenge (second turn).")

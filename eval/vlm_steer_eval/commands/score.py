@@ -7,7 +7,6 @@ import typer
 
 from vlm_steer_eval.choices import (
     AmberPart,
-    OpopeReader,
     UnknownImages,
 )
 
@@ -23,6 +22,7 @@ from .options import (
     MmeParserOption,
     MmvpParserOption,
     NormaliserOption,
+    OpopeReaderOption,
     ParserOption,
     RatingOption,
     Synonyms,
@@ -220,10 +220,7 @@ def score_opope(
     captions: Annotated[Path, typer.Option("--captions", help="Rows with image_id and caption.")],
     questions: Annotated[Path, typer.Option("--questions", help="POPE file with labels.")],
     results: AnswerOptions,
-    reader: Annotated[
-        OpopeReader,
-        typer.Option("--reader", help="table: as CHAIR reads; halc: any word, anywhere."),
-    ] = "table",
+    reader: OpopeReaderOption = "table",
 ) -> None:
     """Answer POPE's questions from one caption per image."""
     from vlm_steer_eval.benchmarks.opope import score_opope as score

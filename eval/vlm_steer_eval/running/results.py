@@ -146,14 +146,19 @@ class _Part:
 
 
 def _parts(units: Sequence[Unit], items: Sequence[Item]) -> dict[str, _Part]:
-    """The parts in order of appearance, and all of them last where there are several."""
+    """The parts in order of appearance, and all of them last where there are several.
+
+    Where an answer serves several parts, such as a caption that answers questions of each, a part
+    has the answers about its images.
+    """
     by_name: dict[str, list[int]] = {}
     for index, unit in enumerate(units):
         by_name.setdefault(unit.part, []).append(index)
-    parts = {
-        name: _Part(indices, [item for item in items if item.split == name])
-        for name, indices in by_name.items()
-    }
+    parts = {}
+    for name, indices in by_name.items():
+        images = {units[index].cluster for index in indices}
+        own = [item for item in items if item.split == name]
+        parts[name] = _Part(indices, own or [item for item in items if item.cluster in images])
     return parts if len(parts) == 1 else {**parts, ALL: _Part(range(len(units)), items)}
 
 

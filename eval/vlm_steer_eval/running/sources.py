@@ -33,6 +33,7 @@ __all__ = [
     "load_image_list",
     "local_chair",
     "local_pope",
+    "require_folder",
     "subset",
 ]
 
@@ -150,7 +151,7 @@ def local_pope(
     Raises:
         DataError: a file is malformed, or the folder does not exist.
     """
-    _require_folder(images)
+    require_folder(images)
     files = {path: load_questions(path, dialogues=True) for path in questions}
     chosen = set(subset((q.cluster for rows in files.values() for q in rows), limit, seed))
     names = _split_names(list(files))
@@ -190,7 +191,7 @@ def built_pope(
     Raises:
         DataError: the file is malformed, or the folder does not exist.
     """
-    _require_folder(images)
+    require_folder(images)
     known = images_from_instances(read_json(annotations))
     chosen = set(subset([image.image for image in known], limit, seed))
     return PopeTask(
@@ -236,7 +237,7 @@ def local_chair(
     """
     if (annotations is None) == (objects is None):
         raise ConfigError("eval chair with --images needs either --annotations or --objects")
-    _require_folder(images)
+    require_folder(images)
     files = {
         image_key(path.name): path
         for path in sorted(images.iterdir())
@@ -305,6 +306,12 @@ def load_image_list(path: Path) -> list[str]:
     return keys
 
 
+def require_folder(folder: Path) -> None:
+    """Raise `DataError` where there is no folder of images."""
+    if not folder.is_dir():
+        raise DataError(f"the image folder {folder} does not exist; check --images")
+
+
 def _built_items(
     images: Sequence[ImageObjects],
     sources: Mapping[str, Any],
@@ -360,8 +367,3 @@ def _split_names(paths: Sequence[Path]) -> dict[Path, str]:
         if len(set(names.values())) == len(paths):
             return names
     raise DataError("the same question file was given twice; give every file once")
-
-
-def _require_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise DataError(f"the image folder {folder} does not exist; check --images")
