@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vlm_steer.calibration import are_other_weights, weights_sample
 from vlm_steer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Directions:
         family: ``model_type`` of the model they were made on.
         made_of: What they were made of, as plain data.
         visual: ``[vision layers, vision hidden]`` float32, or ``None``.
+        weights: ``vlm_steer.calibration.weights_sample`` of that model, or ``None``.
     """
 
     vectors: Tensor
@@ -39,6 +41,7 @@ class Directions:
     family: str
     made_of: dict[str, object]
     visual: Tensor | None = None
+    weights: list[float] | None = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write them to a safetensors file."""
@@ -47,6 +50,7 @@ class Directions:
             "method": self.method,
             "family": self.family,
             "made_of": json.dumps(self.made_of),
+            "weights": json.dumps(self.weights),
         }
         named = {_KEY: self.vectors} | ({} if self.visual is None else {_VISUAL: self.visual})
         tensors = {name: v.detach().float().cpu().contiguous() for name, v in named.items()}
@@ -87,13 +91,14 @@ class Directions:
             method=metadata.get("method", ""),
             family=metadata.get("family", ""),
             made_of=json.loads(metadata.get("made_of", "{}")),
+            weights=json.loads(metadata.get("weights", "null")),
         )
 
     def check(self, method: str, model: "ModelInfo") -> None:
         """Refuse a model or a method that these directions were not made for.
 
         Raises:
-            ConfigError: They were made for another method, family or size.
+            ConfigError: They were made for another method, family, size or weights.
         """
         size = (model.n_layers, int(model.text_config.hidden_size))
         mine = (self.method, self.family, *self.vectors.shape)
@@ -103,6 +108,11 @@ class Directions:
                 f"{self.vectors.shape[0]} layers of {self.vectors.shape[1]}, but this is {method} "
                 f"on {model.family} with {size[0]} layers of {size[1]}. Make them anew with "
                 "vlm-steer build."
+            )
+        if are_other_weights(self.weights, weights_sample(model)):
+            raise ConfigError(
+                f"{method}: these directions were made on a model of the same shape with other "
+                "weights. Make them anew with vlm-steer build."
             )
 
     def check_visual(self, method: str, model: "ModelInfo") -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]  # ships no types
 
 from vlm_steer import functional as F
+from vlm_steer.calibration import weights_sample
 from vlm_steer.directions import Directions
 from vlm_steer.engine.model import inspect_model, unwrap
 from vlm_steer.engine.pictures import with_masked_patches
@@ -137,6 +138,7 @@ def from_pairs(
             **({} if visual is None else {"visual_trials": visual_trials, "mask": mask_share}),
         },
         visual=visual,
+        weights=weights_sample(inspect_model(model)),
     )
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlm_steer import __version__
-from vlm_steer.calibration import model_shape
+from vlm_steer.calibration import differences, model_identity
 from vlm_steer.detection._inputs import answer_cue
 from vlm_steer.detection.base import Detector, Evidence, Unit, build_detector
 from vlm_steer.detection.fitting import Classifier, Logistic
@@ -38,10 +38,10 @@ _CLASSIFIERS: Mapping[str, type[Classifier]] = {cls.kind: cls for cls in (Logist
 
 
 def made_for(model: Any, processor: Any) -> dict[str, Any]:
-    """What a detector depends on: the shape of the model, and how prompts are written."""
+    """What a detector depends on: the model, and how prompts are written."""
     template = getattr(processor, "chat_template", None) or ""
     return {
-        **model_shape(inspect_model(model)),
+        **model_identity(inspect_model(model)),
         "cue": answer_cue(processor),
         "chat_template": hashlib.sha256(str(template).encode()).hexdigest()[:16],
     }
@@ -237,11 +237,7 @@ class FittedDetector:
 
     def differing(self, here: Mapping[str, Any]) -> list[str]:
         """What, of the facts given, is not as it was where the detector was fitted, in words."""
-        return [
-            f"{name} {self.made_for[name]} instead of {value}"
-            for name, value in here.items()
-            if self.made_for.get(name, value) != value
-        ]
+        return differences(self.made_for, here)
 
     def check(self, model: Any, processor: Any, *, strict: bool = True) -> None:
         """Refuse, or warn of, a model or prompts that the detector was not made for.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlm_steer import functional as F
-from vlm_steer.calibration import model_shape
+from vlm_steer.calibration import model_identity
 from vlm_steer.engine.hooks import At, Columns
 from vlm_steer.errors import ConfigError
 
@@ -77,7 +77,7 @@ def fitted_guide(path: str, model: "ModelInfo") -> LookbackGuide:
             f"guided_decoding: {path} was fitted with --position residualize and asks how many "
             "words come before, which chunks of tokens do not tell. Fit it with none or ipw."
         )
-    differing = fitted.differing(model_shape(model))
+    differing = fitted.differing(model_identity(model))
     if differing:
         raise ConfigError(
             f"guided_decoding: {path} was fitted on another model: {', '.join(differing)}. Fit a "
