@@ -1,8 +1,12 @@
 """Steered models in other harnesses, against those harnesses where they are installed."""
 
+import base64
+import importlib
 import json
+import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -205,13 +209,81 @@ def test_an_unfinished_run_is_not_exported(tmp_path):
 
 
 # -- VLMEvalKit -------------------------------------------------------------------------------
-def test_vlmevalkit_gets_the_answers_of_the_steered_model(tiny, pictures):
-    pytest.importorskip("vlmeval", reason="VLMEvalKit is not installed")
+class _BaseModel:
+    """What VLMEvalKit 0.2's `BaseModel` does between a data set and a model."""
+
+    allowed_types = ("text", "image", "video")
+
+    def __init__(self):
+        self.dump_image_func = None
+
+    def generate(self, message, dataset=None):
+        assert all(part["type"] in self.allowed_types for part in message)
+        return self.generate_inner(message, dataset)
+
+    def chat(self, messages, dataset=None):
+        return self.chat_inner(messages, dataset=dataset)
+
+
+@pytest.fixture
+def steered_vlm(monkeypatch):
+    """The class on the base of VLMEvalKit, or on a stand-in for it."""
+    try:
+        import vlmeval.vlm.base  # noqa: F401
+    except ImportError:
+        for name in ("vlmeval", "vlmeval.vlm", "vlmeval.vlm.base"):
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        sys.modules["vlmeval.vlm.base"].BaseModel = _BaseModel
+    monkeypatch.delitem(sys.modules, "vlm_steer_eval.adapters.vlmevalkit", raising=False)
+    module = importlib.import_module("vlm_steer_eval.adapters.vlmevalkit")
+    monkeypatch.delitem(sys.modules, "vlm_steer_eval.adapters.vlmevalkit")
+    return module.SteeredVLM
+
+
+def _parts(picture, text=QUESTION):
+    return [{"type": "image", "value": str(picture)}, {"type": "text", "value": text}]
+
+
+def test_vlmevalkit_gets_the_answers_of_the_steered_model(steered_vlm, steered, tiny, pictures):
+    model = steered_vlm(model="tiny", steer=STEER, max_new_tokens=4, use_vllm=False)
+    image = Image.open(pictures[0]).convert("RGB")
+    first = model.generate(_parts(pictures[0]), dataset="POPE")
+    assert first == _expected(tiny, [image], STEER)[0]
+    turns = [
+        {"role": "user", "content": _parts(pictures[0])},
+        {"role": "assistant", "content": [{"type": "text", "value": first}]},
+        {"role": "user", "content": [{"type": "text", "value": "And a dog?"}]},
+    ]
+    told = [
+        *_chat(str(pictures[0])),
+        {"role": "assistant", "content": [{"type": "text", "text": first}]},
+        {"role": "user", "content": [{"type": "text", "text": "And a dog?"}]},
+    ]
+    assert [model.chat(turns)] == steered.answer([told], max_new_tokens=4)
+    with pytest.raises(DataError, match="not video"):
+        model.generate_inner([{"type": "video", "value": "a.mp4"}])
+    with pytest.raises(ConfigError, match="leave vLLM out"):
+        steered_vlm(model="tiny", use_vllm=True)
+
+
+def test_vlmevalkit_runs_the_steered_model_on_a_table(tiny, pictures, tmp_path, monkeypatch):
+    pytest.importorskip("vlmeval.inference", reason="VLMEvalKit is not installed")
+    from vlmeval.dataset.image_vqa import CustomVQADataset
+    from vlmeval.inference import infer_data_job
+    from vlmeval.smp import load
+
     from vlm_steer_eval.adapters.vlmevalkit import SteeredVLM
 
-    model = SteeredVLM(model="tiny", steer=STEER, max_new_tokens=4)
-    message = [
-        {"type": "image", "value": str(pictures[0])}, {"type": "text", "value": QUESTION},
-    ]  # fmt: skip
-    image = Image.open(pictures[0]).convert("RGB")
-    assert model.generate(message, dataset="POPE") == _expected(tiny, [image], STEER)[0]
+    rows = ["index\timage\tquestion\tanswer"]
+    for n, picture in enumerate(pictures[:2]):
+        rows.append(f"{n}\t{base64.b64encode(picture.read_bytes()).decode()}\t{QUESTION}\tyes")
+    (tmp_path / "two.tsv").write_text("\n".join(rows) + "\n")
+    monkeypatch.setenv("LMUData", str(tmp_path))
+    monkeypatch.setenv("PRED_FORMAT", "tsv")
+    data = CustomVQADataset(dataset="two")
+    infer_data_job(
+        SteeredVLM(model="tiny", steer=STEER, max_new_tokens=4), str(tmp_path), "tiny_pai", data
+    )
+    found = load(str(tmp_path / "tiny_pai_two.tsv"))
+    images = [Image.open(path).convert("RGB") for path in pictures[:2]]
+    assert list(found["prediction"]) == _expected(tiny, images, STEER)

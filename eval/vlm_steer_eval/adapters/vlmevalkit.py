@@ -11,7 +11,9 @@ from typing import Any
 
 from vlmeval.vlm.base import BaseModel
 
-from .steered import SteeredModel
+from vlm_steer.errors import ConfigError, DataError
+
+from .steered import Message, SteeredModel
 
 __all__ = ["SteeredVLM"]
 
@@ -24,11 +26,18 @@ class SteeredVLM(BaseModel):  # type: ignore[misc]  # VLMEvalKit ships no types
         steer: what to steer, in any form that `vlm_steer.steer` takes.
         max_new_tokens: longest answer, > 0.
         num_beams: beams, >= 1.
+        use_vllm: what VLMEvalKit passes for names that hold "Qwen2-VL" and the like; must be False,
+            since steering acts inside transformers.
         options: further options of `vlm_steer.loading.load_model`.
+
+    Raises:
+        ConfigError: vLLM is asked for, or the specification is wrong.
+        UnsupportedModelError: there is no such model, or it cannot be steered as asked.
     """
 
     INSTALL_REQ = False
     INTERLEAVE = True
+    allowed_types = ("text", "image")
 
     def __init__(
         self,
@@ -36,8 +45,12 @@ class SteeredVLM(BaseModel):  # type: ignore[misc]  # VLMEvalKit ships no types
         steer: Any = None,
         max_new_tokens: int = 512,
         num_beams: int = 1,
+        *,
+        use_vllm: bool = False,
         **options: Any,
     ) -> None:
+        if use_vllm:
+            raise ConfigError("use_vllm: a steered model runs in transformers; leave vLLM out")
         super().__init__()
         self.steered = SteeredModel(model, steer, **options)
         self.max_new_tokens, self.num_beams = max_new_tokens, num_beams
@@ -48,15 +61,27 @@ class SteeredVLM(BaseModel):  # type: ignore[misc]  # VLMEvalKit ships no types
         dataset: str | None = None,  # noqa: ARG002 (VLMEvalKit passes it)
     ) -> str:
         """Answer one message of texts and images, whatever the data set."""
-        content = [
-            {"type": "image", "image": part["value"]}
-            if part["type"] == "image"
-            else {"type": "text", "text": part["value"]}
-            for part in message
-        ]
+        return self._answer([{"role": "user", "content": _content(message)}])
+
+    def chat_inner(
+        self,
+        message: Sequence[Mapping[str, Any]],
+        dataset: str | None = None,  # noqa: ARG002 (VLMEvalKit passes it)
+    ) -> str:
+        """Answer the last turn of a conversation."""
+        turns = [{"role": turn["role"], "content": _content(turn["content"])} for turn in message]
+        return self._answer(turns)
+
+    def _answer(self, conversation: Sequence[Message]) -> str:
         (answer,) = self.steered.answer(
-            [[{"role": "user", "content": content}]],
-            max_new_tokens=self.max_new_tokens,
-            num_beams=self.num_beams,
+            [conversation], max_new_tokens=self.max_new_tokens, num_beams=self.num_beams
         )
         return answer
+
+
+def _content(message: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """A message of VLMEvalKit as chat templates take it."""
+    foreign = sorted({part["type"] for part in message} - {"text", "image"})
+    if foreign:
+        raise DataError(f"a steered model reads texts and images, not {', '.join(foreign)}")
+    return [{"type": part["type"], part["type"]: part["value"]} for part in message]
