@@ -21,7 +21,7 @@ from vlm_steer_eval.reports import gallery as gallery_module
 from vlm_steer_eval.reports.comparison import comparison_text
 from vlm_steer_eval.reports.gallery import runs_gallery
 from vlm_steer_eval.reports.tables import render
-from vlm_steer_eval.running.arms import controls_among, parse_arms, with_controls
+from vlm_steer_eval.running.arms import control_kind, controls_among, parse_arms, with_controls
 from vlm_steer_eval.running.runs import RunArm, Runs, load_runs
 from vlm_steer_eval.statistics.comparing import compare_runs
 from vlm_steer_eval.statistics.count_model import poisson_fit, rate_ratio
@@ -132,6 +132,36 @@ def test_trivial_arms_take_no_part_in_corrections(chair_runs):
     for name in ("better", "worse"):
         assert result["differences"][name] == alone["differences"][name]
     assert set(result["matched"]) == set(result["length_adjusted"]) == {"better", "worse"}
+
+
+def test_controls_take_no_part_in_corrections_and_keep_their_p(chair_runs):
+    named = {"better": "vhr", "worse": "vcd", "shorter": "sham:vhr"}
+    loaded = load_runs([chair_runs[name] for name in ("base", *named)])
+    arms = {named.get(name, name): arm for name, arm in loaded.arms.items()}
+    arms |= {"mask:vcd": arms["vhr"], "run/yes_bias": arms["vcd"]}
+    methods = {name: arms[name] for name in ("base", "vhr", "vcd")}
+    alone, result = (
+        compare_runs(dataclasses.replace(loaded, arms=chosen), n_resamples=100)
+        for chosen in (methods, arms)
+    )
+    controls = ["sham:vhr", "mask:vcd", "run/yes_bias"]
+    assert (alone["uncorrected"], result["uncorrected"]) == ([], controls)
+    for table in ("differences", "matched", "length_adjusted"):
+        assert alone[table] == {name: result[table][name] for name in ("vhr", "vcd")}
+    verdicts = result["frontier"]["verdicts"]
+    assert alone["frontier"]["verdicts"] == {name: verdicts[name] for name in ("vhr", "vcd")}
+    for control in controls:
+        entry = result["differences"][control]["all"]["CHAIRi"]
+        assert entry["p"] is not None
+        assert not {"p_holm", "p_bh"} & set(entry)
+        assert verdicts[control]["p_holm"] is None
+    assert verdicts["mask:vcd"]["verdict"] == "beyond"
+    table = render(*comparison_text(result), width=240)
+    assert "° p without correction: sham:vhr, mask:vcd, run/yes_bias" in table
+    # Another kind of control changes nothing in what is said against the first.
+    fewer = {name: arm for name, arm in arms.items() if name != "run/yes_bias"}
+    without = compare_runs(dataclasses.replace(loaded, arms=fewer), n_resamples=100)["controls"]
+    assert without["vhr"]["sham:vhr"] == result["controls"]["vhr"]["sham:vhr"]
 
 
 def test_runs_under_several_seeds_are_pooled(tmp_path):
@@ -257,8 +287,10 @@ def test_every_arm_stands_beside_its_own_controls():
     assert controls_among("var", names) == ["sham:var", "yes_bias"]
     assert controls_among("vcd", names) == ["mask:vcd", "yes_bias"]
     assert controls_among("r/var", names) == ["yes_bias", "r/sham:var"]
-    for control in ("sham:var", "yes_bias", "r/sham:var"):
-        assert controls_among(control, names) == []
+    kinds = {"sham:var": "sham", "yes_bias": "yes_bias", "r/mask:a/b.yaml": "mask", "r/var": None}
+    for control, kind in kinds.items():
+        assert control_kind(control) == kind
+        assert kind is None or controls_among(control, names) == []
 
 
 def test_controls_are_added_where_there_are_any():

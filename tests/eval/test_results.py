@@ -54,6 +54,20 @@ def test_a_real_improvement_is_significant_and_an_idle_arm_is_named():
     assert "none" not in scores["differences"]
 
 
+def test_controls_are_not_corrected_for_and_make_no_method_look_worse():
+    task, run = _pope()
+    alone = evaluate(task, run, score_all(task, run), n_resamples=100)
+    run.records["sham:better"] = run.records["better"]
+    run.records["trivial:num_beams=5"] = run.records["idle"]
+    scores = evaluate(task, run, score_all(task, run), n_resamples=100)
+    assert scores["uncorrected"] == ["sham:better", "trivial:num_beams=5"]
+    for arm in ("better", "idle", "mute"):
+        assert scores["differences"][arm] == alone["differences"][arm]
+    control = scores["differences"]["sham:better"]["all"]["accuracy"]
+    assert "p_holm" not in control
+    assert control["p"] == scores["differences"]["better"]["all"]["accuracy"]["p"]
+
+
 def test_unread_and_empty_answers_are_counted_apart():
     task, run = _pope()
     scores = evaluate(task, run, score_all(task, run), n_resamples=20)

@@ -75,8 +75,13 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
     """What must be said beside the tables."""
     lines = [
         f"{result['n_units']} units of {result['n_images']} images, paired; fractions in percent; "
-        f"Δ against '{result['baseline']}'; * p < 0.05 after Holm's correction over the arms"
+        f"Δ against '{result['baseline']}'; * p < 0.05 after Holm's correction over the methods"
     ]
+    if result["uncorrected"]:
+        lines.append(
+            f"° p without correction: {', '.join(result['uncorrected'])} take no part in that, "
+            "since of controls and trivial baselines nothing is claimed"
+        )
     lines += _power(result)
     if result["frontier"] is not None:
         count = len(result["frontier"]["points"])
@@ -166,7 +171,15 @@ def _seeds(result: Mapping[str, Any]) -> Table:
 
 
 def _difference(name: str, entry: Mapping[str, Any]) -> list[str]:
-    return [format_difference(name, entry), _p(entry.get("p_holm", entry["p"]))]
+    return [format_difference(name, entry), _p_of(entry)]
+
+
+def _p_of(entry: Mapping[str, Any]) -> str:
+    """The corrected p; that of a control as it is, marked."""
+    corrected = entry.get("p_holm")
+    if corrected is not None or entry["p"] is None:
+        return _p(corrected)
+    return f"{_p(entry['p'])}°"
 
 
 def _p(value: float | None) -> str:
@@ -204,7 +217,7 @@ def _adjusted(adjusted: Mapping[str, Any]) -> Table:
             arm,
             f"× {e['rate_ratio']:.2f}",
             f"{e['ci95'][0]:.2f} … {e['ci95'][1]:.2f}",
-            _p(e["p_holm"]),
+            _p_of(e),
         ]
         for arm, e in adjusted.items()
     ]
@@ -245,7 +258,7 @@ def _verdicts(found: Mapping[str, Any]) -> Table:
                 format_metric(found["recall"], {"value": entry["recall"]})[0],
                 format_metric(found["error"], {"value": entry["error"]})[0],
                 format_difference("gap", {**entry, "value": entry["gap"]}),
-                _p(entry["p_holm"]),
+                _p_of(entry),
                 _VERDICTS[entry["verdict"]],
             ]
         )

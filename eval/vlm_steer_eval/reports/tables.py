@@ -91,7 +91,8 @@ def format_difference(name: str, entry: Mapping[str, Any]) -> str:
     if entry["value"] is None or entry["ci95"] is None:
         return "–"
     low, high = entry["ci95"]
-    star = "*" if entry.get("p_holm", 1.0) < 0.05 else ""
+    corrected = entry.get("p_holm")
+    star = "*" if corrected is not None and corrected < 0.05 else ""
     return f"{_signed(name, entry['value'])}{star} [{_signed(name, low)}, {_signed(name, high)}]"
 
 
@@ -155,8 +156,8 @@ def footnotes(scores: Mapping[str, Any]) -> list[str]:
     """What must be said beside the tables."""
     lines = [
         f"{scores['n_items']} answers about {scores['n_images']} images; fractions in percent; Δ "
-        "against "
-        f"'{scores['baseline']}', paired by image; * p < 0.05 after Holm's correction over the arms"
+        f"against '{scores['baseline']}', paired by image; * p < 0.05 after Holm's correction over "
+        "the methods (controls and trivial baselines have no star)"
     ]
     if "parsers" in scores:
         lines.append(parser_line(scores["parsers"][scores["baseline"]], scores["parser"]))

@@ -14,7 +14,9 @@ from .generation import Settings
 __all__ = [
     "BASELINE",
     "Arm",
+    "control_kind",
     "controls_among",
+    "is_tested",
     "is_trivial",
     "parse_arms",
     "trivial_arms",
@@ -123,6 +125,30 @@ def is_trivial(name: str) -> bool:
     return name.rpartition("/")[2].startswith(_TRIVIAL)
 
 
+def control_kind(name: str) -> str | None:
+    """What kind of control an arm, `ARM` or `FOLDER/ARM`, is by its name; None for no control.
+
+    `sham` and `mask` for those of one method, else the name of a control that all methods share.
+    """
+    for _, own in _splits(name):
+        if own.startswith((_SHAM, _MASK)):
+            return own.partition(":")[0]
+        if own in _SHARED_CONTROLS:
+            return own
+    return None
+
+
+def is_tested(name: str) -> bool:
+    """Whether an arm is a method under test: neither a control nor a trivial baseline."""
+    return not is_trivial(name) and control_kind(name) is None
+
+
+def _splits(name: str) -> list[tuple[str, str]]:
+    """The folder in front of an arm, if any, and the arm, whose name may be a path itself."""
+    parts = name.split("/")
+    return [("/".join(parts[:n]), "/".join(parts[n:])) for n in range(len(parts))]
+
+
 def _decoding(name: str) -> dict[str, Any]:
     """What the name of a trivial baseline sets; empty for other arms."""
     if not name.startswith(_TRIVIAL):
@@ -147,7 +173,7 @@ def with_controls(arms: Sequence[Arm]) -> list[Arm]:
     result: list[Arm] = []
     for arm in arms:
         result.append(arm)
-        if len(arm.methods) == 1 and not _is_control(arm.name):
+        if len(arm.methods) == 1 and is_tested(arm.name):
             made = [(_SHAM, _sham(arm.methods[0])), (_MASK, _mask(arm.methods[0]))]
             result += [
                 Arm(f"{prefix}{arm.name}", methods)
@@ -164,21 +190,14 @@ def controls_among(name: str, arms: Iterable[str]) -> list[str]:
         name: an arm, `ARM` or `FOLDER/ARM`.
         arms: all of them.
     """
-    # The folder in front of an arm, if any, and the arm, whose name may be a path itself.
-    parts = name.split("/")
-    splits = [("/".join(parts[:n]), "/".join(parts[n:])) for n in range(len(parts))]
-    if any(_is_control(own) for _, own in splits):
+    if not is_tested(name):
         return []
     wanted = {
         f"{folder}/{control}" if folder else control
-        for folder, own in splits
+        for folder, own in _splits(name)
         for control in (f"{_SHAM}{own}", f"{_MASK}{own}")
     }
     return [o for o in arms if o in wanted or o.rpartition("/")[2] in _SHARED_CONTROLS]
-
-
-def _is_control(name: str) -> bool:
-    return name.startswith((_SHAM, _MASK, _TRIVIAL)) or name in _SHARED_CONTROLS
 
 
 def _control_of(spec: Spec) -> Spec:

@@ -14,7 +14,7 @@ from vlm_steer_eval.statistics.closed_form import holm, mcnemar
 from vlm_steer_eval.statistics.counts import Unit
 from vlm_steer_eval.statistics.metrics import compare, summarise
 
-from .arms import BASELINE, is_trivial
+from .arms import BASELINE, is_tested
 from .runner import RunResult
 
 __all__ = ["ALL", "Scores", "auroc", "evaluate", "sample_rows", "score_all", "units"]
@@ -52,9 +52,10 @@ def evaluate(
     Returns:
         `arms`: arm -> split -> `metrics`, `n`, truncated and (for yes/no tasks) `auroc`
             and `first_token`;
-        `differences`: arm -> split -> metric -> paired difference against `none` with interval, p,
-            and p
-        after Holm's correction over the arms; and what else there is to know about the run.
+        `differences`: arm -> split -> metric -> paired difference against `none` with interval, p
+            and, for methods under test, p after Holm's correction over these;
+        `uncorrected`: the arms without that, controls and trivial baselines; and what else there is
+        to know about the run.
     """
     usable = [item for item in task.items if item.id in run.records[BASELINE]]
     counted = units(task, scores)
@@ -80,6 +81,7 @@ def evaluate(
             for arm in run.records
             if arm != BASELINE
         },
+        "uncorrected": [arm for arm in run.records if arm != BASELINE and not is_tested(arm)],
         "changed_nothing": _idle_arms(run),
         "notes": {arm: notes for arm, notes in run.notes.items() if notes},
         "excluded": run.failures,
@@ -216,17 +218,16 @@ def _difference(
 
 
 def _adjust(differences: Mapping[str, Mapping[str, Mapping[str, dict[str, Any]]]]) -> None:
-    """Add Holm's adjusted p over the arms, separately for every split and metric.
+    """Add Holm's adjusted p over the methods under test, separately for every split and metric.
 
-    Trivial baselines are no hypotheses, so they are corrected apart.
+    Nobody claims that a control or a trivial baseline helps, so these keep their p as it is.
     """
-    for trivial in (False, True):
-        tables = [table for arm, table in differences.items() if is_trivial(arm) == trivial]
-        for split in tables[0] if tables else ():
-            for metric in tables[0][split]:
-                tested = [t[split][metric] for t in tables if t[split][metric]["p"] is not None]
-                for entry, p in zip(tested, holm([e["p"] for e in tested]), strict=True):
-                    entry["p_holm"] = p
+    tables = [table for arm, table in differences.items() if is_tested(arm)]
+    for split in tables[0] if tables else ():
+        for metric in tables[0][split]:
+            tested = [t[split][metric] for t in tables if t[split][metric]["p"] is not None]
+            for entry, p in zip(tested, holm([e["p"] for e in tested]), strict=True):
+                entry["p_holm"] = p
 
 
 def _idle_arms(run: RunResult) -> list[str]:

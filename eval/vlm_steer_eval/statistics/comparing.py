@@ -7,7 +7,7 @@ import numpy as np
 
 from vlm_steer.errors import ConfigError
 from vlm_steer_eval.benchmarks.registry import BENCHMARKS, BINARY, discordant
-from vlm_steer_eval.running.arms import controls_among, is_trivial
+from vlm_steer_eval.running.arms import control_kind, controls_among, is_tested, is_trivial
 from vlm_steer_eval.running.runs import RunArm, Runs
 
 from .closed_form import benjamini_hochberg, holm, mcnemar, minimum_detectable_difference
@@ -50,9 +50,10 @@ def compare_runs(
 
     Returns:
         `arms`: arm -> part -> `n` and `metrics`; `differences`: arm -> part -> metric -> paired
-        difference with `ci95`, `p`, `p_holm` and `p_bh` over the arms that are not trivial;
-        `matched` and `length_adjusted`: arm -> the comparison with the usual excuse removed;
-        `frontier`; `seeds`: arm -> metric -> its value under every seed that was pooled;
+        difference with `ci95`, `p` and, for methods under test, `p_holm` and `p_bh` over these;
+        `uncorrected`: the arms without those, trivial baselines and controls; `matched` and
+        `length_adjusted`: arm -> the comparison with the usual excuse removed; `frontier`;
+        `seeds`: arm -> metric -> its value under every seed that was pooled;
         `controls`: arm -> control -> metric -> paired difference to that control; `cost`; and
         `notes` on what could not be compared.
 
@@ -71,6 +72,7 @@ def compare_runs(
         **runs.scoring,
         "baseline": runs.baseline,
         "trivial": trivial,
+        "uncorrected": [name for name in comparison.others if name not in comparison.tested],
         "n_units": len(comparison.base.units),
         "n_images": len(set(comparison.clusters)),
         "excluded": list(runs.excluded),
@@ -96,10 +98,11 @@ class _Comparison:
         self.notes: list[str] = []
         self._runs = runs
         self._resampling: dict[str, int] = {"n_resamples": n_resamples, "seed": seed}
-        self._others = {name: arm for name, arm in runs.arms.items() if name != runs.baseline}
+        self.others = {name: arm for name, arm in runs.arms.items() if name != runs.baseline}
         self._trivial = trivial
-        # What trivial baselines do is no hypothesis, so they take no part in corrections.
-        self._methods = {name: arm for name, arm in self._others.items() if name not in trivial}
+        self._methods = {name: arm for name, arm in self.others.items() if name not in trivial}
+        # Nobody claims that a control helps, so controls take no part in corrections.
+        self.tested = [name for name in self._methods if is_tested(name)]
 
     def summaries(self) -> dict[str, Any]:
         return {
@@ -118,12 +121,11 @@ class _Comparison:
     def differences(self) -> dict[str, Any]:
         table = {
             name: {part: self._difference(arm, units) for part, units in self._parts().items()}
-            for name, arm in self._others.items()
+            for name, arm in self.others.items()
         }
         for part in self._parts():
             for metric in self.metrics.formulas:
-                for group in (self._methods, self._trivial):
-                    _adjust([table[name][part][metric] for name in group])
+                _adjust([table[name][part][metric] for name in self.tested])
         return table
 
     def matched(self) -> dict[str, Any]:
@@ -134,7 +136,11 @@ class _Comparison:
             if found:
                 table[name] = found
         for kind in ("length", "recall", "yes_ratio"):
-            entries = [table[name][kind]["differences"] for name in table if kind in table[name]]
+            entries = [
+                table[name][kind]["differences"]
+                for name in self.tested
+                if kind in table.get(name, {})
+            ]
             for metric in self.metrics.formulas if entries else ():
                 _adjust([entry[metric] for entry in entries])
         return table
@@ -154,7 +160,7 @@ class _Comparison:
             for name in table
             if name not in fitted
         ]
-        _adjust(list(fitted.values()))
+        _adjust([entry for name, entry in fitted.items() if name in self.tested])
         return fitted
 
     def seeds(self) -> dict[str, Any]:
@@ -181,21 +187,33 @@ class _Comparison:
         methods = {name: _rows(arm, list(arm.units)) for name, arm in self._methods.items()}
         if axes is None or not methods:
             return None
-        return frontier(self.metrics, axes, points, methods, self.clusters, **self._resampling)
+        return frontier(
+            self.metrics,
+            axes,
+            points,
+            methods,
+            self.clusters,
+            tested=self.tested,
+            **self._resampling,
+        )
 
     def controls(self) -> dict[str, Any]:
-        """Every arm against the controls of its own that are among the arms."""
+        """Every arm against the controls of its own that are among the arms.
+
+        Each kind of control is a question of its own, which is put to every method.
+        """
         table: dict[str, Any] = {}
-        for name, arm in self._others.items():
-            for control in controls_among(name, self._others):
-                rival = _rows(self._others[control], list(self.base.units))
+        kinds: dict[str | None, list[dict[str, dict[str, Any]]]] = {}
+        for name, arm in self.others.items():
+            for control in controls_among(name, self.others):
+                rival = _rows(self.others[control], list(self.base.units))
                 rows = _rows(arm, list(self.base.units))
                 found = self._compare_rows(self.metrics, rival, rows)
                 table.setdefault(name, {})[control] = found
+                kinds.setdefault(control_kind(control), []).append(found)
         for metric in self.metrics.formulas:
-            _adjust(
-                [found[metric] for by_control in table.values() for found in by_control.values()]
-            )
+            for family in kinds.values():
+                _adjust([found[metric] for found in family])
         return table
 
     def costs(self) -> dict[str, Any]:
@@ -330,7 +348,7 @@ def _unit(arm: RunArm, name: str) -> Unit:
 
 
 def _adjust(entries: Sequence[dict[str, Any]]) -> None:
-    """Add Holm's and Benjamini and Hochberg's adjusted p over the arms."""
+    """Add Holm's and Benjamini and Hochberg's adjusted p over the methods under test."""
     tested: list[Any] = [entry for entry in entries if entry["p"] is not None]
     raw = [entry["p"] for entry in tested]
     for entry, strict, lenient in zip(tested, holm(raw), benjamini_hochberg(raw), strict=True):

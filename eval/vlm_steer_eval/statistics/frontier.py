@@ -6,7 +6,7 @@ without any method. A method counts if its error lies below the staircase at its
 than resampling whole images explains.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,7 @@ def frontier(
     methods: Mapping[str, Sequence[Sequence[float]]],
     clusters: Sequence[str],
     *,
+    tested: Collection[str] | None = None,
     n_resamples: int = 10_000,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -87,14 +88,16 @@ def frontier(
         trivial: baseline -> one row of counts per unit.
         methods: method -> rows of the same units in the same order.
         clusters: the image of each unit.
+        tested: the methods that something is claimed of, all by default; the others are controls,
+            judged by their p as it is.
         n_resamples: bootstrap resamples, > 0.
         seed: seed of the resampling.
 
     Returns:
         `points`: baseline -> `recall` and `error`; `staircase`: its `recall`, `error` and the 95 %
         band `low`, `high` at a grid; `verdicts`: method -> `recall`, `error`, `gap` (the staircase
-        minus the error, positive is better) with `ci95`, `p` and `p_holm` over the methods, and
-        `verdict`: `beyond`, `behind` or `not distinguishable`.
+        minus the error, positive is better) with `ci95`, `p`, `p_holm` over the methods that are
+        tested (None for the others), and `verdict`: `beyond`, `behind` or `not distinguishable`.
     """
     names = [*trivial, *methods]
     rows = np.concatenate(
@@ -114,9 +117,12 @@ def frontier(
         )
         for i, name in enumerate(methods)
     }
-    tested = [entry for entry in verdicts.values() if entry["p"] is not None]
-    for entry, p in zip(tested, holm([entry["p"] for entry in tested]), strict=True):
+    known = {name: entry for name, entry in verdicts.items() if entry["p"] is not None}
+    family = [entry for name, entry in known.items() if tested is None or name in tested]
+    for entry, p in zip(family, holm([entry["p"] for entry in family]), strict=True):
         entry["p_holm"] = p
+    for entry in known.values():
+        p = entry["p"] if entry["p_holm"] is None else entry["p_holm"]
         if p < 0.05:
             entry["verdict"] = "beyond" if entry["gap"] > 0 else "behind"
     return {
