@@ -2,6 +2,7 @@
 
 import os
 import struct
+import warnings
 import zlib
 from pathlib import Path
 from typing import BinaryIO
@@ -50,7 +51,11 @@ def decode_image(file: str | os.PathLike[str] | BinaryIO, name: str) -> Image.Im
             more than 8 bits per channel.
     """
     try:
-        with Image.open(file) as image:
+        # Pillow warns from half of the size on at which it refuses, and refusing is enough.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(file)
+        with image:
             image.load()
             _refuse_deep(image, name)
             upright = ImageOps.exif_transpose(image) or image

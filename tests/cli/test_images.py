@@ -2,6 +2,7 @@
 
 import io
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -55,6 +56,16 @@ def test_a_bad_file_is_named_with_what_is_wrong(tmp_path, content, message):
     with pytest.raises(DataError, match=message) as caught:
         open_image(tmp_path / "bad.png")
     assert "bad.png" in str(caught.value)
+
+
+def test_a_large_picture_is_taken_without_a_warning_which_others_still_get(tmp_path, monkeypatch):
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_image(tmp_path / "a.png").size == (30, 20)
+    with pytest.warns(Image.DecompressionBombWarning):
+        Image.open(tmp_path / "a.png").close()
 
 
 def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
