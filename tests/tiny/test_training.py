@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from vlm_steer.errors import ConfigError, DataError
 from vlm_steer.tiny.model import build_model, build_processor
-from vlm_steer.tiny.training import loop, stages
+from vlm_steer.tiny.training import loop, sinks, stages
 from vlm_steer.tiny.training.checkpoint import place, restore
 from vlm_steer.tiny.training.loop import Recipe, Run, train
 from vlm_steer.tiny.training.optim import Muon, cosine
@@ -176,6 +176,16 @@ def test_training_tokens_are_those_of_the_processor() -> None:
     text = processor.decode(ids).replace("<s>", "").replace("<image>" * 64, "<image>")
     whole = processor(images=render(scene("train", 0)), text=text, return_tensors="pt")
     assert whole["input_ids"][0].tolist() == ids.tolist()
+
+
+def test_only_the_stage_that_grows_sinks_looks_for_empty_patches() -> None:
+    processor = build_processor()
+    kinds = (stages.Projector, stages.Instructions, sinks.Sinks)
+    projector, plain, growing = (kind(processor, seed=0, steps=1).batch(0) for kind in kinds)
+    assert projector.is_empty.shape == plain.is_empty.shape == (12, 0)
+    assert growing.is_empty.shape == (12, 64)
+    assert growing.is_empty.any()
+    assert not growing.is_empty.all()
 
 
 def test_muon_update_is_nearly_orthogonal_whatever_the_gradient() -> None:

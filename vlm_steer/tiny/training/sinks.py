@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
+from vlm_steer.tiny.scenes import Scene
 from vlm_steer.tiny.training.stages import (
     ImageTextBatch,
     Instructions,
     Network,
     image_embeddings,
+    patch_labels,
     run_language_model,
     text_losses,
 )
@@ -38,6 +40,9 @@ class Sinks(Instructions):
 
     name = "sinks"
     warmup = 20
+
+    def _empty_patches(self, seen: Scene) -> Tensor:
+        return patch_labels(seen).sum(dim=1) == 0
 
     def losses(self, network: Network, batch: ImageTextBatch) -> dict[str, Tensor]:
         """See the base class."""
