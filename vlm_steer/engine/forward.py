@@ -80,6 +80,7 @@ class Forward:
     _is_row: dict[tuple[str, Rows, int, int, torch.device], Tensor] = field(default_factory=dict)
     _carried: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     _positions: dict[str, Tensor] = field(default_factory=dict)
+    _shared: dict[tuple[object, ...], dict[str, Any]] = field(default_factory=dict)
     masks: dict[tuple[object, ...], "EditedMask"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -268,7 +269,6 @@ class Forward:
             **more: Further fields of the view.
         """
         total = self.total if total is None else total
-        device = columns.kinds.device
 
         def once(name: str, make: Callable[[], Tensor]) -> Tensor:
             key = (bound.index, layer, name)
@@ -279,30 +279,42 @@ class Forward:
         marks = stream.marks.get((bound.index, layer))
         if marks is not None:
             marks = fit(marks, columns.kinds.shape[1], total)
+        key = (bound.index, stream.name, rows, id(columns), total)
+        if key not in self._shared:
+            self._shared[key] = self._shared_by_layers(bound, stream, rows, columns, total)
         return At(
             layer=layer,
-            n_layers=self.call.plan.model.n_layers,
-            step=self.call.step,
-            columns=columns,
-            is_row=self.is_row(stream, bound.method.rows, *rows, device),
-            row_kinds=self.row_kinds(stream, *rows, device),
             marks=marks,
-            plan=bound.constants,
-            prepared=stream.prepared.get(bound.index),
-            prompt=self._prompt(stream, device),
-            grid=self.grid(bound, stream),
             chosen=self._chosen(bound, stream, columns.kinds.shape[1], total),
-            on_rows=partial(self._on_rows, rows),
-            on_keys=partial(fit, n_keys=columns.kinds.shape[1], total=total),
-            is_own=partial(self._is_own, rows, columns, total),
             once=once,
-            to_logits=bound.to_logits,
-            prompt_rows=min(max(self.prompt_rows, rows[0]), rows[1]) - rows[0],
             tally=stream.tallies.get((bound.index, layer)),
             carried=self._carried.get((bound.index, stream.name)),
-            image_features=self._image_features(bound, stream, device),
+            **self._shared[key],
             **more,
         )
+
+    def _shared_by_layers(
+        self, bound: Bound, stream: Stream, rows: tuple[int, int], columns: Columns, total: int
+    ) -> dict[str, Any]:
+        """The fields of a view that are the same in every layer of this pass."""
+        device = columns.kinds.device
+        return {
+            "n_layers": self.call.plan.model.n_layers,
+            "step": self.call.step,
+            "columns": columns,
+            "is_row": self.is_row(stream, bound.method.rows, *rows, device),
+            "row_kinds": self.row_kinds(stream, *rows, device),
+            "plan": bound.constants,
+            "prepared": stream.prepared.get(bound.index),
+            "prompt": self._prompt(stream, device),
+            "grid": self.grid(bound, stream),
+            "on_rows": partial(self._on_rows, rows),
+            "on_keys": partial(fit, n_keys=columns.kinds.shape[1], total=total),
+            "is_own": partial(self._is_own, rows, columns, total),
+            "to_logits": bound.to_logits,
+            "prompt_rows": min(max(self.prompt_rows, rows[0]), rows[1]) - rows[0],
+            "image_features": self._image_features(bound, stream, device),
+        }
 
     def keep_chosen(self, bound: Bound, stream: Stream, layer: int, chosen: Tensor) -> None:
         """Remember ``[batch, ..., key]`` of a layer's ``choose`` hook, on the axis of positions."""

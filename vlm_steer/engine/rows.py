@@ -358,13 +358,12 @@ def _refuse_unknown(options: dict[str, Any], module: nn.Module) -> None:
 
     What the eager function beside the module takes was looked at when attaching.
     """
-    if eager_function(type(module)) is not None:
-        return
     for name, value in options.items():
         if (
             isinstance(value, Tensor)
             and value.is_floating_point()
             and name not in KNOWN_SCORE_OPTIONS
+            and eager_function(type(module)) is None
         ):
             raise UnsupportedModelError(
                 f"{type(module).__name__} passes {name!r} to its attention, whose meaning the "
