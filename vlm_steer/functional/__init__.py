@@ -36,6 +36,7 @@ from vlm_steer.functional.fields import (
 )
 from vlm_steer.functional.heads import (
     VisionAwareHeads,
+    gate_heads,
     image_heads,
     spin_gate,
     text_visual_entropy,
@@ -150,6 +151,7 @@ __all__ = [
     "first_lowest",
     "focal_contrasts",
     "focus_scores",
+    "gate_heads",
     "gift_fuse",
     "gift_saliency",
     "grouped_attention",

@@ -31,18 +31,29 @@ def masked_sum(values: Tensor, mask: Tensor, *, keepdim: bool = False) -> Tensor
     return values.masked_fill(~mask, 0).sum(-1, keepdim=keepdim)
 
 
-def column_sums(weights: Tensor, *masks: Tensor) -> tuple[Tensor, ...]:
-    """Sums finite weights over several groups of columns, in one product.
+def column_groups(*masks: Tensor, dtype: torch.dtype) -> Tensor:
+    """Stacks groups of columns so that `weights @ groups` sums over each of them.
 
     Args:
-        weights: `[batch, heads, rows, key]` float, finite everywhere.
-        *masks: bool, each of one shape that is broadcastable to `[batch, heads, 1, key]`.
+        *masks: bool, broadcastable to each other, `[batch, heads or 1, key]`.
+        dtype: that of the weights, which have to be finite everywhere.
 
     Returns:
-        `[batch, heads, rows]` per mask.
+        0 or 1, `[batch, heads or 1, key, groups]`.
     """
-    groups = torch.stack(masks, dim=-1).squeeze(-3).to(weights.dtype)
-    return (weights @ groups).unbind(-1)
+    whole = torch.broadcast_tensors(*masks)  # type: ignore[no-untyped-call]
+    return torch.stack(whole, dim=-1).to(dtype)
+
+
+def scale_groups(weights: Tensor, groups: Tensor, factors: Tensor) -> Tensor:
+    """Multiplies groups of columns by a factor each, in one product.
+
+    Args:
+        weights: `[batch, heads, rows, key]` float.
+        groups: from `column_groups`, disjoint.
+        factors: `[batch, heads, rows, groups]`; 1 is identity, bitwise.
+    """
+    return torch.addcmul(weights, weights, (factors - 1) @ groups.transpose(-1, -2))
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

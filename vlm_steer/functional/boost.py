@@ -6,6 +6,8 @@ from torch import Tensor
 from vlm_steer.errors import DataError
 from vlm_steer.functional._numeric import is_open, masked_sum, safe_divide, upcast
 
+_BEYOND_SCORES = 1e30
+
 
 def boost_scores(scores: Tensor, visual: Tensor, *, alpha: float | Tensor) -> Tensor:
     """Amplifies the scores of the image columns in the direction of attention (PAI).
@@ -22,9 +24,7 @@ def boost_scores(scores: Tensor, visual: Tensor, *, alpha: float | Tensor) -> Te
     Returns:
         New scores, shape and dtype of `scores`.
     """
-    z = upcast(scores)
-    columns = visual[:, None, None, :] & is_open(scores)
-    return torch.where(columns, z + alpha * z.abs(), z).to(scores.dtype)
+    return _raised(scores, _of_open(scores).abs(), visual, alpha)
 
 
 def scale_scores(scores: Tensor, columns: Tensor, *, factor: float) -> Tensor:
@@ -43,9 +43,23 @@ def scale_scores(scores: Tensor, columns: Tensor, *, factor: float) -> Tensor:
     Returns:
         New scores, shape and dtype of `scores`.
     """
-    z = upcast(scores)
-    chosen = columns[:, None, None, :] & is_open(scores)
-    return torch.where(chosen, z * factor, z).to(scores.dtype)
+    return _raised(scores, _of_open(scores), columns, factor - 1)
+
+
+def _raised(scores: Tensor, amount: Tensor, columns: Tensor, share: float | Tensor) -> Tensor:
+    """Adds a share of an amount to the scores of some columns, `[batch, key]`."""
+    shares = columns[:, None, None, :].to(amount.dtype) * share
+    return torch.addcmul(upcast(scores), amount, shares).to(scores.dtype)
+
+
+def _of_open(scores: Tensor) -> Tensor:
+    """Returns the scores in full precision, those that a mask has closed small enough to stay so.
+
+    Added to a closed score, a share of what this returns does not open it, nor make it NaN.
+    """
+    if torch.finfo(scores.dtype).max > _BEYOND_SCORES:
+        return upcast(scores).clamp(min=-_BEYOND_SCORES)
+    return upcast(scores).masked_fill(~is_open(scores), 0)
 
 
 def gift_saliency(gaze_shift: Tensor, *, alpha: float) -> Tensor:

@@ -80,11 +80,23 @@ def spin_gate(scores: Tensor, visual: Tensor, *, keep_ratio: float, suppress: fl
         `scores`.
     """
     columns = visual[:, None, :] & is_open(scores)
-    ranking = masked_sum(upcast(scores), columns)
-    n_keep = int(keep_ratio * scores.shape[1])
-    kept = ranking.topk(n_keep, dim=-1).indices
-    gate = torch.full_like(ranking, suppress).scatter(-1, kept, 1.0)
-    return gate.to(scores.dtype)
+    guided = masked_sum(upcast(scores), columns)
+    return gate_heads(guided, keep_ratio=keep_ratio, suppress=suppress).to(scores.dtype)
+
+
+def gate_heads(guided: Tensor, *, keep_ratio: float, suppress: float) -> Tensor:
+    """Returns the gate of `spin_gate` from how much the image guides each head.
+
+    Args:
+        guided: `[..., heads]` float.
+        keep_ratio: fraction of heads left alone, in [0, 1]: the first `int(keep_ratio * heads)`.
+        suppress: factor of the others, in [0, 1].
+
+    Returns:
+        Factors, shape and dtype of `guided`.
+    """
+    kept = guided.topk(int(keep_ratio * guided.shape[-1]), dim=-1).indices
+    return torch.full_like(guided, suppress).scatter_(-1, kept, 1.0)
 
 
 def image_heads(weights: Tensor, visual: Tensor, *, share: float) -> Tensor:

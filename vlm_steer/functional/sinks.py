@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlm_steer.functional._numeric import column_sums, masked_sum, safe_divide, upcast
+from vlm_steer.functional._numeric import column_groups, scale_groups, upcast
 
 # The official VAR code adds this to every image column before forming the sink share.
 _SHARE_SMOOTHING = 1e-6
@@ -140,9 +140,11 @@ def transfer_scales(source_mass: Tensor, target_mass: Tensor, *, keep: float) ->
         keep: fraction that the source retains, in [0, 1]; 1 gives factors of exactly 1.
     """
     can_move = target_mass > 0
-    gain = 1 + (1 - keep) * safe_divide(source_mass, target_mass, otherwise=0.0)
-    source = torch.where(can_move, keep, torch.ones_like(target_mass))
-    return TransferScales(source=source, target=torch.where(can_move, gain, 1.0))
+    gain = 1 + (1 - keep) * source_mass / target_mass
+    return TransferScales(
+        source=torch.where(can_move, keep, torch.ones_like(gain)),
+        target=torch.where(can_move, gain, 1.0),
+    )
 
 
 def sink_transfer_scales(
@@ -177,13 +179,10 @@ def sink_transfer_scales(
         Factors `[batch, heads, query]` of the sinks and of the image non-sinks; 1 where the pair
         is not selected.
     """
-    share = image_sink_mass / (image_mass + _SHARE_SMOOTHING * n_image).clamp(min=1e-30)
-    selected = eligible & (share <= max_sink_ratio) & (image_mass >= min_image_mass)
-    scales = transfer_scales(sink_mass, image_mass - image_sink_mass, keep=keep)
-    return TransferScales(
-        source=torch.where(selected, scales.source, 1.0),
-        target=torch.where(selected, scales.target, 1.0),
-    )
+    most = max_sink_ratio * (image_mass + _SHARE_SMOOTHING * n_image)
+    selected = eligible & (image_sink_mass <= most) & (image_mass >= min_image_mass)
+    other_mass = (image_mass - image_sink_mass).masked_fill(~selected, 0)
+    return transfer_scales(sink_mass, other_mass, keep=keep)
 
 
 def redistribute_sinks(
@@ -205,7 +204,7 @@ def redistribute_sinks(
         A'_j = A_j * (1 + (1 - keep) * m_s / m_v)    j an image column, no sink
         A'_j = A_j                                   otherwise
 
-    Row sums do not change. A sequence without a sink inside its image is left alone.
+    Row sums do not change. A row that attends to no sink inside the image is left alone.
     The paper states the fraction moved, `1 - keep`, and a lower bound on the non-sink share,
     `1 - max_sink_ratio`; the official code states what is kept and an upper bound, as here. A
     row whose image mass lies on sinks alone has nowhere to move it and is left alone, where the
@@ -225,27 +224,29 @@ def redistribute_sinks(
         New weights, shape and dtype of `weights`.
     """
     a = upcast(weights)
-    sink = sinks[:, None, None, :] if sinks.dim() == 2 else sinks[:, None]
-    image = visual[:, None, None, :]
-    groups = (sink, sink & image, image & ~sink)
-    if sinks.dim() == 2:
-        whole = torch.broadcast_tensors(*groups)  # type: ignore[no-untyped-call]
-        sink_mass, image_sink_mass, other_mass = column_sums(a, *whole)
-    else:
-        sink_mass, image_sink_mass, other_mass = (masked_sum(a, group) for group in groups)
+    sink = sinks[:, None] if sinks.dim() == 2 else sinks
+    image = visual[:, None]
+    groups = column_groups(sink, sink & image, image & ~sink, dtype=a.dtype)
+    # Columns that differ from row to row are those of a product per row, not per head.
+    per_row = sink.shape[1] > 1
+    a = a.transpose(1, 2) if per_row else a
+    masses = a @ groups
+    masses = masses.transpose(1, 2) if per_row else masses
+    sink_mass, image_sink_mass, other_mass = masses.unbind(-1)
     scales = sink_transfer_scales(
         sink_mass,
         image_sink_mass,
         image_sink_mass + other_mass,
         n_image=visual.sum(-1)[:, None, None],
-        eligible=rows[:, None, :] & (sink & image).any(-1),
+        eligible=rows[:, None, :] & (image_sink_mass.sum(1, keepdim=True) > 0),
         keep=keep,
         max_sink_ratio=max_sink_ratio,
         min_image_mass=min_image_mass,
     )
-    factor = torch.where(image, scales.target[..., None], 1.0)
-    factor = torch.where(sink, scales.source[..., None], factor)
-    return (a * factor).to(weights.dtype)
+    factors = torch.stack(scales, dim=-1)
+    factors = factors.transpose(1, 2) if per_row else factors
+    scaled = scale_groups(a, groups[..., ::2], factors)
+    return (scaled.transpose(1, 2) if per_row else scaled).to(weights.dtype)
 
 
 def received_attention(weights: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -349,9 +350,6 @@ def spread_sinks(weights: Tensor, sinks: Tensor, targets: Tensor, *, keep: float
         New weights, shape and dtype of `weights`.
     """
     a = upcast(weights)
-    both = torch.broadcast_tensors(sinks, targets)  # type: ignore[no-untyped-call]
-    source, target = (columns[:, :, None, :] for columns in both)
-    scales = transfer_scales(*column_sums(a, source, target), keep=keep)
-    factor = torch.where(target, scales.target[..., None], 1.0)
-    factor = torch.where(source, scales.source[..., None], factor)
-    return (a * factor).to(weights.dtype)
+    groups = column_groups(sinks, targets, dtype=a.dtype)
+    scales = transfer_scales(*(a @ groups).unbind(-1), keep=keep)
+    return scale_groups(a, groups, torch.stack(scales, dim=-1)).to(weights.dtype)

@@ -83,16 +83,17 @@ class SPIN(Method):
 
     def look(self, scores: Tensor, weights: Tensor, at: At) -> Tensor:
         image = at.columns.is_image
-        ranked = scores if self.score == "logit_sum" else weights
-        batch, _, rows, _ = ranked.shape
-        gate = F.spin_gate(
-            ranked.transpose(1, 2).flatten(0, 1),
-            image.repeat_interleave(rows, dim=0),
-            keep_ratio=self.keep_ratio,
-            suppress=self.suppress,
-        ).reshape(batch, rows, -1)
-        sees_image = (weights * image[:, None, None, :]).sum(dim=(1, 3)) > 0
-        return torch.where(sees_image[:, :, None], gate, 1.0)
+        mass = (weights @ image.to(weights.dtype)[:, None, :, None])[..., 0].transpose(1, 2)
+        if self.score == "prob_mass":
+            gate = F.gate_heads(mass, keep_ratio=self.keep_ratio, suppress=self.suppress)
+        else:
+            gate = F.spin_gate(
+                scores.transpose(1, 2).flatten(0, 1),
+                image.repeat_interleave(scores.shape[2], dim=0),
+                keep_ratio=self.keep_ratio,
+                suppress=self.suppress,
+            ).reshape(mass.shape)
+        return torch.where(mass.sum(dim=-1, keepdim=True) > 0, gate, 1.0)
 
     def heads(self, outputs: Tensor, at: At) -> Tensor:
         if at.seen is None:

@@ -181,15 +181,11 @@ class VAR(Method):
         if self.sinks == "secondary":
             n_seen = (weights > 0).any(dim=1).sum(dim=-1, keepdim=True)
             sinks = sinks & (weights.mean(dim=1) * n_seen > self.min_received)
-        # A row that sees no image sink is left alone, whether its window has dropped the sink's
-        # column or only masks it.
-        is_image_sink = sinks & is_image[:, None, :]
-        sees_sink = (weights * is_image_sink[:, None]).sum(dim=(1, 3)) > 0
         return F.redistribute_sinks(
             weights,
             sinks,
             is_image,
-            at.is_row & sees_sink,
+            at.is_row,
             keep=self.keep,
             max_sink_ratio=self.max_sink_ratio,
             min_image_mass=self.min_image_mass,
