@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from vlm_steer import load_tiny
 from vlm_steer.detection import (
@@ -171,6 +172,46 @@ def test_damaged_files_and_unknown_names_are_told(tmp_path):
     with pytest.raises(ConfigError, match="pool is 'last'"):
         build_detector("svar", {"pool": "last"})
     assert {"position", "svar", "lookback_ratio"} <= set(list_detectors())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("made_for", [1]),
+        ("made_for", None),
+        ("made_of", None),
+        ("options", None),
+        ("detector", None),
+        ("classifier", ["logistic"]),
+        ("calibrator", {}),
+        ("threshold", "high"),
+        ("base_rate", 7),
+        ("fitted_rate", "rare"),
+    ],
+)
+def test_a_file_with_a_wrong_value_is_no_detector(planted, tmp_path, key, value):
+    x, y = planted
+    weights = fit_logistic(x, y)
+    calibrator = fit_calibrator("platt", weights.logits(x), y)
+    FittedDetector(build_detector("svar"), weights, calibrator, 0.5).save_pretrained(tmp_path)
+    path = tmp_path / "detector.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(DataError, match=rf"no whole detector \({key}: .*Fit it again"):
+        FittedDetector.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("coef", (5,)), ("mean", (5,)), ("calibrator", (7,)), ("intercept", (2, 3))]
+)
+def test_weights_that_do_not_fit_each_other_are_damaged(planted, tmp_path, name, shape):
+    x, y = planted
+    weights = fit_logistic(x, y)
+    calibrator = fit_calibrator("platt", weights.logits(x), y)
+    FittedDetector(build_detector("svar"), weights, calibrator).save_pretrained(tmp_path)
+    path = tmp_path / "detector.safetensors"
+    save_file({**load_file(path), name: torch.ones(shape)}, path)
+    with pytest.raises(DataError, match="is damaged: its weights"):
+        FittedDetector.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["platt", "temperature", "isotonic"])

@@ -10,9 +10,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -35,6 +36,22 @@ __all__ = ["FittedDetector", "made_for"]
 _FORMAT = "vlm_steer.detector/2"
 _READABLE = (_FORMAT, "vlm_steer.detector/1")
 _CLASSIFIERS: Mapping[str, type[Classifier]] = {cls.kind: cls for cls in (Logistic, Network)}
+_Rate = Annotated[float, Field(gt=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class _About:
+    """What ``detector.json`` has to hold."""
+
+    detector: str
+    options: dict[str, Any]
+    classifier: str | None
+    calibrator: str | None
+    threshold: FiniteFloat | None
+    made_for: dict[str, Any]
+    made_of: dict[str, Any]
+    fitted_rate: _Rate | None = None
+    base_rate: _Rate | None = None
 
 
 def made_for(model: Any, processor: Any) -> dict[str, Any]:
@@ -221,19 +238,35 @@ class FittedDetector:
         about, tensors = _read(folder)
         try:
             found = cls(
-                build_detector(about["detector"], about["options"]),
+                build_detector(about.detector, about.options),
                 _classifier(about, tensors, name),
                 _calibrator(about, tensors, name),
-                about["threshold"],
-                about["made_for"],
-                about["made_of"],
+                about.threshold,
+                about.made_for,
+                about.made_of,
                 _residual(tensors),
             )
-        except (KeyError, TypeError) as error:
+            found._refuse_unlike_shapes(name)
+        except KeyError as error:
             raise DataError(f"{name} is no whole detector ({error}). Fit it again.") from error
         if model is not None:
             found.check(model, processor, strict=strict)
         return found
+
+    def _refuse_unlike_shapes(self, name: str) -> None:
+        """Raise DataError where its numbers cannot be used together, by using them."""
+        if self.classifier is None and self.calibrator is None:
+            return
+        n_features = 1 if self.classifier is None else self.classifier.mean.numel()
+        try:
+            risk = self.risk_of(torch.zeros(1, n_features), torch.zeros(1))
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise DataError(
+                f"{name} is damaged: its weights are of shapes that do not fit each other "
+                f"({error}). Fit the detector again."
+            ) from error
+        if risk.shape != (1,):
+            raise DataError(f"{name} is damaged: its weights give no risk. Fit the detector again.")
 
     def differing(self, here: Mapping[str, Any]) -> list[str]:
         """What, of the facts given, is not as it was where the detector was fitted, in words."""
@@ -258,7 +291,7 @@ class FittedDetector:
         warnings.warn(message, SteerWarning, stacklevel=3)
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(folder: Path) -> tuple[_About, dict[str, Tensor]]:
     for name in FILES:
         if not (folder / name).is_file():
             raise DataError(f"{folder} holds no {name}. Make it with: vlm-steer detect fit.")
@@ -274,31 +307,35 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     if any(not bool(torch.isfinite(value).all()) for value in tensors.values()):
         raise DataError(f"{folder} holds weights that are not finite. Fit the detector again.")
-    return about, tensors
-
-
-def _classifier(
-    about: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: str
-) -> Classifier | None:
     # The first format knew of one kind.
-    kind = about.get("classifier", "logistic" if "coef" in tensors else None)
-    if kind is None:
+    about.setdefault("classifier", "logistic" if "coef" in tensors else None)
+    try:
+        return TypeAdapter(_About).validate_python(about), tensors
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise DataError(
+            f"{folder} is no whole detector ({where}: {first['msg']}). Fit it again."
+        ) from error
+
+
+def _classifier(about: _About, tensors: Mapping[str, Tensor], folder: str) -> Classifier | None:
+    if about.classifier is None:
         return None
-    if kind not in _CLASSIFIERS:
-        raise DataError(f"{folder}: the classifier {kind!r} is unknown.")
-    cls = _CLASSIFIERS[kind]
+    if about.classifier not in _CLASSIFIERS:
+        raise DataError(f"{folder}: the classifier {about.classifier!r} is unknown.")
+    cls = _CLASSIFIERS[about.classifier]
     return cls(**{f.name: tensors[f.name].double() for f in fields(cls)})
 
 
-def _calibrator(
-    about: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: str
-) -> Calibrator | None:
-    kind = about["calibrator"]
-    if kind is None:
+def _calibrator(about: _About, tensors: Mapping[str, Tensor], folder: str) -> Calibrator | None:
+    for kind in CALIBRATORS:
+        if kind == about.calibrator:
+            values = tensors["calibrator"]
+            return Calibrator(kind, values, about.fitted_rate, about.base_rate)
+    if about.calibrator is None:
         return None
-    if kind not in CALIBRATORS:
-        raise DataError(f"{folder}: the calibrator {kind!r} is unknown.")
-    return Calibrator(kind, tensors["calibrator"], about.get("fitted_rate"), about.get("base_rate"))
+    raise DataError(f"{folder}: the calibrator {about.calibrator!r} is unknown.")
 
 
 def _residual(tensors: Mapping[str, Tensor]) -> Residual | None:
