@@ -1,5 +1,6 @@
 """Detectors go to the hub and come back as they are; nothing else is sent or fetched."""
 
+import importlib
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.utils import get_session
 
 from vlm_steer import cli, load_tiny
 from vlm_steer.detection import FittedDetector, build_detector, fit_logistic, made_for
@@ -22,6 +24,9 @@ def hub(tmp_path, monkeypatch) -> Path:
         def create_repo(self, repo, *, private, exist_ok):
             if repo.startswith("stranger/"):
                 raise OSError("403 Forbidden")
+            if repo.startswith("far/"):
+                client = importlib.import_module(type(get_session()).__module__.partition(".")[0])
+                raise client.ConnectError("Name or service not known")
             assert exist_ok
             (root / repo).mkdir(parents=True, exist_ok=True)
             (root / repo / "private").write_text(str(private))
@@ -79,6 +84,8 @@ def test_what_the_hub_refuses_is_told(hub, fitted):
         FittedDetector.from_pretrained("not-a-folder")
     with pytest.raises(ConfigError, match="403 Forbidden"):
         fitted.push_to_hub("stranger/svar")
+    with pytest.raises(ConfigError, match=r"not known.*look at the network"):
+        fitted.push_to_hub("far/svar")
     for name in ("svar", "a/b/c", "../up", ""):
         with pytest.raises(ConfigError, match="OWNER/NAME"):
             fitted.push_to_hub(name)

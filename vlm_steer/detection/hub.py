@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,10 +70,14 @@ def push(detector: "FittedDetector", repo: str, *, private: bool | None, message
         ConfigError: The name is none of a repository, or the hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.utils import get_session
 
     if not is_hub_name(repo):
         raise ConfigError(f"{repo!r} cannot name a repository; write OWNER/NAME")
     api = HfApi()
+    # Without a network, the client's own error comes through; which client depends on the release.
+    client = sys.modules[type(get_session()).__module__.partition(".")[0]]
+    unreachable: type[Exception] = getattr(client, "HTTPError", OSError)
     with tempfile.TemporaryDirectory() as folder:
         detector.save_pretrained(folder)
         Path(folder, "README.md").write_text(_card(detector, repo), encoding="utf-8")
@@ -81,10 +86,10 @@ def push(detector: "FittedDetector", repo: str, *, private: bool | None, message
             commit: Any = api.upload_folder(
                 repo_id=repo, folder_path=folder, commit_message=message
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, unreachable) as error:
             raise ConfigError(
                 f"the Hugging Face hub does not take {repo} ({_reason(error)}). Log in with `hf "
-                "auth login`, and write to an owner that you may write to."
+                "auth login`, write to an owner that you may write to, and look at the network."
             ) from error
     return str(commit.commit_url)
 
