@@ -16,7 +16,7 @@ from vlm_steer.errors import ConfigError, DataError
 from vlm_steer_eval.benchmarks.chair import TableNormaliser
 from vlm_steer_eval.benchmarks.vocabulary import ObjectVocabulary
 from vlm_steer_eval.detection.command import parse_detectors
-from vlm_steer_eval.detection.data import Collected, split_images
+from vlm_steer_eval.detection.data import Collected, Settings, collect, split_images
 from vlm_steer_eval.detection.drop import (
     Dropping,
     cut_short,
@@ -346,11 +346,65 @@ def test_labelled_texts_are_checked_row_by_row(tmp_path):
         ({"label": "wrong"}, "none of hallucinated"),
         ({"end": 99}, "6 characters"),
         ({"start": None}, "does not lie"),
+        ({"start": "2"}, "from '2' to 5 does not lie"),
+        ({"label": ["wrong"]}, "none of hallucinated"),
     ):
         bad = {**row, "spans": [{**row["spans"][0], **change}]}
         path.write_text(json.dumps(row) + "\n" + json.dumps(bad) + "\n")
         with pytest.raises(DataError, match=message):
             labelled_texts(path, tmp_path, "Describe.")
+
+
+def test_texts_of_one_id_are_refused(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    row = {"image": "a.png", "text": "A dog.", "spans": []}
+    path.write_text("".join(json.dumps({**row, "id": name}) + "\n" for name in ("a", "b", "a")))
+    with pytest.raises(DataError, match="row 3: the id 'a' is that of row 1 too"):
+        labelled_texts(path, tmp_path, "Describe.")
+
+
+@pytest.fixture
+def collected(tiny, tmp_path, image_folder):
+    """A function that collects what `entropy` sees of given texts about pictures."""
+
+    def call(texts: dict[str, str], output=tmp_path / "batches"):
+        path = tmp_path / "texts.jsonl"
+        rows = [
+            {"image": image, "text": text, "spans": [{"start": 0, "end": 1, "label": 0}] * bool(i)}
+            for i, (image, text) in enumerate(texts.items())
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        source = labelled_texts(path, image_folder, "Describe.")
+        detectors = {"entropy": build_detector("entropy")}
+        return collect(source, *tiny, detectors, Settings(), output, model_name="tiny")
+
+    return call
+
+
+def test_images_that_cannot_be_used_are_left_out_again_and_again(collected, image_folder):
+    whole = (image_folder / "scene_0.png").read_bytes()
+    (image_folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    texts = {"cut.png": "A dog.", "none.png": "A dog.", "scene_1.png": "A cat."}
+    for _ in range(2):
+        found = collected(texts)
+        assert [unit.name for unit in found.units] == ["a"]
+        reasons = {failure["item"]: failure["error"] for failure in found.failures}
+        assert "damaged or incomplete" in reasons["1"]
+        assert "does not exist" in reasons["2"]
+    with pytest.raises(DataError, match=r"none of 1 images can be read: .*cut\.png is damaged"):
+        collected({"cut.png": "A dog."})
+
+
+def test_texts_without_anything_to_judge_are_told(collected):
+    with pytest.raises(DataError, match=r"none of 1 texts holds a part .* the first: 'A dog\.'"):
+        collected({"scene_0.png": "A dog."})
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(collected, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(DataError, match=r"batches cannot be written"):
+        collected({"none.png": "A dog."}, tmp_path / "file" / "batches")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_options_of_detectors_are_set_by_name():

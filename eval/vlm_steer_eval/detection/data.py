@@ -42,6 +42,7 @@ __all__ = ["Collected", "Settings", "collect", "split_images"]
 
 PARTS = ("train", "calibration", "test")
 _SHARES = (0.6, 0.2, 0.2)
+_SHOWN_CHARACTERS = 80
 
 
 @dataclass(frozen=True)
@@ -154,10 +155,13 @@ def collect(
 
     Raises:
         ConfigError: a detector cannot be used with steering.
-        DataError: no item could be used, or a file of a batch is damaged.
+        DataError: no item could be used, no text holds a unit, a file of a batch is damaged, or
+            the folder cannot be written.
     """
     if not source.items:
         raise DataError("there is nothing to judge: the data hold no items")
+    with reporting_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     methods = resolve(settings.methods)
     needs = sorted({need for detector in detectors.values() for need in detector.needs})
     if methods and set(needs) - {"maps"}:
@@ -180,6 +184,7 @@ def collect(
         usable = []
         for item in items:
             try:
+                item.image.load()  # a file that is there may still be no image
                 usable.append((item, item.image.digest()))
             except ImageError as error:
                 failures[item.id] = str(error)
@@ -203,6 +208,12 @@ def collect(
     if not parts:
         why = next(iter(failures.values()))
         raise DataError(f"none of {len(source.items)} images can be read: {why}")
+    if not any(part.units for part in parts):
+        text = next(text for part in parts for text in part.texts.values())
+        raise DataError(
+            f"there is nothing to judge: none of {len(source.items)} texts holds a part that can "
+            f"be labelled, see the first: {text.strip()[:_SHOWN_CHARACTERS]!r}"
+        )
     return _joined(parts, [{"item": item, "error": why} for item, why in failures.items()])
 
 
@@ -293,7 +304,6 @@ def _write(path: Path, batch: Collected) -> None:
         "texts": dict(batch.texts),
     }
     with reporting_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         tensors = {name: values.contiguous() for name, values in batch.features.items()}
         save_file(tensors, partial, metadata={"about": json.dumps(about)})

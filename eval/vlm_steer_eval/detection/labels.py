@@ -163,8 +163,15 @@ def labelled_texts(path: Path, images: Path, prompt: str) -> Labelled:
         DataError: a row is malformed; the message names it.
     """
     items = []
+    known: dict[str, int] = {}
     for number, row in enumerate(read_rows(path), 1):
         where = f"{path}, row {number}"
+        name = str(row.get("id", number))
+        if known.setdefault(name, number) != number:
+            raise DataError(
+                f"{where}: the id {name!r} is that of row {known[name]} too; give every text its "
+                "own, or none"
+            )
         try:
             text, image = str(row["text"]), str(row["image"])
             spans = [_span(span, text, where) for span in row["spans"]]
@@ -176,7 +183,7 @@ def labelled_texts(path: Path, images: Path, prompt: str) -> Labelled:
             ) from error
         items.append(
             Item(
-                id=str(row.get("id", number)),
+                id=name,
                 image=FileImage(images / image),
                 prompt=str(row.get("prompt", prompt)),
                 split="all",
@@ -192,12 +199,12 @@ _LABELS: Mapping[Any, int] = {"hallucinated": 1, "grounded": 0, "ignore": -1, 1:
 
 def _span(span: Mapping[str, Any], text: str, where: str) -> tuple[int, int, int]:
     start, end, label = span["start"], span["end"], span["label"]
-    if label not in _LABELS:
+    if label not in tuple(_LABELS):
         raise DataError(f"{where}: the label {label!r} is none of hallucinated, grounded, ignore")
     if not (isinstance(start, int) and isinstance(end, int) and 0 <= start < end <= len(text)):
         raise DataError(
-            f"{where}: the span {start}-{end} does not lie in the text, which has {len(text)} "
-            "characters"
+            f"{where}: the span from {start!r} to {end!r} does not lie in the text, which has "
+            f"{len(text)} characters, counted from 0"
         )
     return start, end, _LABELS[label]
 
