@@ -27,6 +27,7 @@ from vlm_steer.commands.options import (
     Overrides,
     Seed,
 )
+from vlm_steer.commands.places import check_file, check_folder
 from vlm_steer.errors import ConfigError, SteerError, SteerWarning
 
 __all__ = ["build_app", "main"]
@@ -190,6 +191,8 @@ def generate(
 
     steered = apply_overrides(resolve(method), overrides or [])
     pictures = [open_image(path) for path in image]
+    if output is not None:
+        check_folder(output)
 
     from vlm_steer.commands.generate import Decoding, answer
 
@@ -217,7 +220,6 @@ def generate(
         "effects": answers[method].effects,
     }
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
         (output / "generate.json").write_text(json.dumps(report, indent=2) + "\n")
     _print_json(report) if as_json else tables.show_answers(report, compare=compare)
 
@@ -245,7 +247,11 @@ def calibrate(
     """Choose what a method needs to know about a model, such as the heads that ACT acts on."""
     from vlm_steer.config import apply_overrides, resolve
 
-    (chosen,) = apply_overrides(resolve(method), overrides or [])
+    found = apply_overrides(resolve(method), overrides or [])
+    if len(found) != 1:
+        raise ConfigError(f"{method!r} is {len(found)} methods. Give one, such as act.")
+    (chosen,) = found
+    check_file(output, example="heads.json")
 
     from vlm_steer.calibration import write_calibration
     from vlm_steer.commands.calibrate import calibrate as run

@@ -214,3 +214,32 @@ class _Loaded:
 
     def load(self):
         return self.register
+
+
+def test_nowhere_to_write_is_told_before_a_model_is_loaded(run, pictures, tmp_path, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("vlm_steer.loading.load_model", never)
+    pairs, samples = tmp_path / "pairs.jsonl", tmp_path / "samples.jsonl"
+    texts = {"question": "What?", "value": "a cat", "h_value": "a dog", "answer": "A cat"}
+    for file in (pairs, samples):
+        file.write_text(json.dumps({"image": str(pictures[0]), **texts}))
+    commands = [
+        ["build", "vti", "--pairs", pairs, "--images", "/", "--output", pairs / "d.safetensors"],
+        ["build", "decore", "--image", pictures[0], "--output", pairs / "heads.json"],
+        ["calibrate", "act", "--data", samples, "--output", pairs / "heads.json"],
+        ["generate", "--image", pictures[0], "--prompt", "?", "--output", pairs / "out"],
+    ]
+    for command in commands:
+        code, _, err = run(*command, "--model", "tiny")
+        assert (code, f"cannot write to {pairs}" in err) == (1, True), command
+    code, _, err = run(*commands[-1][:-1], pairs, "--model", "tiny")
+    assert (code, "is a file. Give a folder" in err) == (2, True)
+    code, _, err = run("calibrate", "act+pai", "--model", "tiny", "--output", tmp_path / "h.json")
+    assert (code, "is 2 methods. Give one" in err) == (2, True)
+    for file in (pairs, samples):
+        file.write_bytes(b"\xff\xfe")
+    for command in (commands[0][:-1], commands[2][:-1]):
+        code, _, err = run(*command, tmp_path / f"new{command[1]}.safetensors", "--model", "tiny")
+        assert (code, err.startswith("Error: ")) == (1, True)

@@ -315,6 +315,20 @@ def test_wrong_options_of_eval_are_refused_before_a_model_is_loaded(
     assert message in err
 
 
+def test_a_run_without_a_place_to_write_loads_no_model(
+    command, question_file, image_folder, tmp_path, monkeypatch
+):
+    def never(*_, **__):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("vlm_steer.loading.load_model", never)
+    run = ["eval", "pope", "--questions", question_file, "--images", image_folder, "--output"]
+    code, _, err = command(*run, question_file)
+    assert (code, "is a file. Give a folder" in err) == (2, True)
+    code, _, err = command(*run, question_file / "out")
+    assert (code, "cannot write to" in err) == (1, True)
+
+
 def test_a_model_that_does_not_exist_exits_with_1(command, question_file, image_folder, tmp_path):
     code, _, err = command(
         "eval", "pope", "--model", tmp_path / "nothing", "--questions", question_file,

@@ -12,6 +12,7 @@ from vlm_steer.commands.options import (
     MaxNewTokens,
     ModelName,
 )
+from vlm_steer.commands.places import check_file
 from vlm_steer.errors import ConfigError
 
 __all__ = ["register"]
@@ -76,7 +77,6 @@ def vti(
     from vlm_steer.commands import directions
 
     found = directions.read_pairs(pairs, images)[:limit]
-
     loaded, processor = loading.load(model)
     made = directions.from_pairs(
         loaded,
@@ -120,7 +120,6 @@ def decore(
     from vlm_steer.heads import write_head_scores
 
     files = head_scores.image_files(images)[:limit]
-
     loaded, processor = loading.load(model)
     scores = head_scores.visual_heads(
         loaded,
@@ -143,3 +142,4 @@ def _refuse_output(output: Path, suffix: str) -> None:
         raise ConfigError(f"--output {output} does not end in {suffix}.")
     if output.exists():
         raise ConfigError(f"--output {output} exists already. Remove it or choose another name.")
+    check_file(output, example=f"out{suffix}")

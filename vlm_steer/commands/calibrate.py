@@ -71,6 +71,8 @@ def read_samples(path: Path, limit: int | None) -> list[Sample]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise DataError(f"cannot read {os.fspath(path)}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text: {error}. Give JSON lines.") from error
     samples: list[Sample] = []
     for number, line in enumerate(lines, start=1):
         if line.strip() and (limit is None or len(samples) < limit):

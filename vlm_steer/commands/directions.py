@@ -58,7 +58,10 @@ def read_pairs(path: Path, images: Path) -> list[Pair]:
     """
     if not path.is_file():
         raise DataError(f"pairs {path} do not exist.")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"pairs {path} cannot be read: {error}.") from error
     pairs = [_pair(line, f"{path}:{n}", images) for n, line in enumerate(lines, 1) if line.strip()]
     if not pairs:
         raise DataError(f"pairs {path} is empty. Write one JSON object per line.")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +14,7 @@ from vlm_steer.commands.options import (
     Overrides,
     Seed,
 )
-from vlm_steer.errors import ConfigError, DataError
+from vlm_steer.commands.places import check_file, check_folder
 
 if TYPE_CHECKING:
     from vlm_steer.explanation import ExplainResult
@@ -93,7 +92,10 @@ def explain(
 
     methods = apply_overrides(resolve(method), overrides or [])
     pictures = [open_image(image) for image in images]
-    _check_files(html, output)
+    if html is not None:
+        check_file(html, "--html", example="out.html")
+    if output is not None:
+        check_folder(output)
     if model == "tiny":
         typer.echo("The embedded model 'tiny' answers; --model gives another.", err=True)
 
@@ -128,34 +130,11 @@ def explain(
     if html is not None:
         result.to_html(html)
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
         (output / "explain.json").write_text(result.to_json() + "\n", encoding="utf-8")
     if as_json:
         typer.echo(json.dumps(_summary(result), indent=2, ensure_ascii=False))
     else:
         _show(result, html)
-
-
-def _check_files(html: Path | None, output: Path | None) -> None:
-    if html is not None and html.is_dir():
-        raise ConfigError(f"--html {html} is a folder. Give the file to write, such as out.html.")
-    if output is not None and output.is_file():
-        raise ConfigError(f"--output {output} is a file. Give a folder.")
-    for folder in (html.parent if html else None, output):
-        if folder is not None:
-            _make(folder)
-
-
-def _make(folder: Path) -> None:
-    """Before anything is generated, which would be lost if there were nowhere to write it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"cannot write to {folder}: {error.strerror}. Give another place."
-        ) from error
-    if not os.access(folder, os.W_OK):
-        raise DataError(f"cannot write to {folder}: no permission. Give another place.")
 
 
 def _summary(result: "ExplainResult") -> dict[str, Any]:

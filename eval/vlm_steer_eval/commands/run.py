@@ -73,6 +73,7 @@ def _run(
     share_prefix: bool,
 ) -> None:
     """One of several processes generates its share only, unless it is the main one."""
+    from vlm_steer.commands.places import check_folder
     from vlm_steer.loading import load_model
     from vlm_steer_eval.files import write_json
     from vlm_steer_eval.running.pipeline import run_benchmark
@@ -90,6 +91,7 @@ def _run(
         loading = {**loading, "device_map": workers.device}
     if run.repeat is not None and workers.size > 1:
         raise ConfigError("--repeat runs in one process; leave it out, or run it by itself")
+    check_folder(output)
     model, processor = load_model(run.model, **loading)
     shared: dict[str, Any] = {
         "model_name": run.model,
