@@ -24,8 +24,7 @@ _INTRODUCTION = (
     "Every steered arm runs inside the ordinary generate() and is compared with the unsteered one "
     "on the same images. Settings are the methods' defaults; nothing was tuned on these scenes.",
     "The model is a stand-in: it shows that the mechanics work and how an effect is measured. "
-    "Which "
-    "method is best for a real model must be measured on that model.",
+    "Which method is best for a real model must be measured on that model.",
 )
 
 

@@ -201,8 +201,7 @@ def score_chair(
     if unknown and (policy == "error" or len(unknown) == len(images)):
         raise DataError(
             f"{objects or annotations} knows nothing about {len(unknown)} of the {len(images)} "
-            "captioned "
-            f"images ({list_some(unknown)}); give annotations that cover them, or pass "
+            f"captioned images ({list_some(unknown)}); give annotations that cover them, or pass "
             "--unknown-images "
             "exclude (leave them out) or empty (count all their objects as hallucinated)"
         )

@@ -89,8 +89,7 @@ def parse_arms(methods: "str | Mapping[str, Spec] | Sequence[Arm]") -> list[Arm]
         if len(specs) < len(names) or "" in specs:
             raise ConfigError(
                 f"--methods {methods!r} names an arm twice or not at all; separate different arms "
-                "by "
-                "commas, such as none,var,var+vcd"
+                "by commas, such as none,var,var+vcd"
             )
     elif isinstance(methods, Mapping):
         specs = dict(methods)

@@ -66,22 +66,19 @@ class Settings:
         if self.max_new_tokens < 1 or self.num_beams < 1:
             raise ConfigError(
                 f"--max-new-tokens {self.max_new_tokens} and --num-beams {self.num_beams} must be "
-                "at "
-                "least 1"
+                "at least 1"
             )
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ConfigError(
                 f"--temperature {self.temperature} must not be negative and --top-p {self.top_p} "
-                "must "
-                "lie in (0, 1]"
+                "must lie in (0, 1]"
             )
         if self.temperature == 0 and self.top_p != 1:
             raise ConfigError("--top-p has no effect without sampling; give --temperature too")
         if self.temperature > 0 and self.num_beams > 1:
             raise ConfigError(
                 "--temperature and --num-beams cannot be combined: sampled answers are seeded per "
-                "item, "
-                "which beam sampling does not allow"
+                "item, which beam sampling does not allow"
             )
 
     def as_dict(self) -> dict[str, Any]:
@@ -264,7 +261,6 @@ class Generator:
         if not len(first) or not len(second):
             raise SteerError(
                 f"the tokenizer gives {words[0]} and {words[1]} the same first token, so no "
-                "first-token "
-                "margin can be measured"
+                "first-token margin can be measured"
             )
         return first, second

@@ -159,8 +159,7 @@ def _rows(
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             f"the data set {dataset!r} (split {split!r}) cannot be loaded: {reason} Check the name "
-            "and "
-            "the split, and the connection if it is on the hub"
+            "and the split, and the connection if it is on the hub"
         ) from error
     names = table.column_names or list(next(iter(table), {}))
     absent = [column for column in roles.values() if column not in names]
