@@ -67,9 +67,10 @@ SHARED = {
 }
 
 
+@pytest.mark.parametrize("n_pictures", [1, 2])
 @pytest.mark.parametrize("name", SHARED)
-def test_a_shared_pass_gives_the_answers_of_whole_prompts(tiny, name):
-    pictures = [image("iid", 100_000 + index) for index in range(2)]
+def test_a_shared_pass_gives_the_answers_of_whole_prompts(tiny, name, n_pictures):
+    pictures = [image("iid", 100_000 + index) for index in range(n_pictures)]
     whole = _prompts(tiny, pictures)
     model, processor = tiny
     options = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-__all__ = ["can_join", "join", "split", "without_last"]
+__all__ = ["can_join", "join", "split", "take_rows", "without_last"]
 
 
 def without_last(cache: Any) -> Any | None:
@@ -68,6 +68,22 @@ def split(cache: Any, rows: int, padding: int) -> None:
     for layer in cache.layers:
         if layer.keys is not None:
             layer.keys, layer.values = layer.keys[:, :, padding:], layer.values[:, :, padding:]
+
+
+def take_rows(cache: Any, rows: Tensor) -> None:
+    """Turn a cache into one of other rows, ``[new rows]`` int64, each of which continues one.
+
+    The row of a cache that has no other is not copied: what comes next is appended to a copy.
+    """
+    if not _is_plain(cache) or any(
+        layer.keys is not None and layer.keys.shape[0] > 1 for layer in cache.layers
+    ):
+        cache.batch_select_indices(rows)
+        return
+    for layer in cache.layers:
+        if layer.keys is not None:
+            layer.keys = layer.keys.expand(len(rows), -1, -1, -1)
+            layer.values = layer.values.expand(len(rows), -1, -1, -1)
 
 
 def _stacked(parts: Sequence[Tensor], missing: Sequence[int]) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vlm_steer.engine import attention
 from vlm_steer.engine.branches import Backend, Source
+from vlm_steer.engine.caches import take_rows
 from vlm_steer.engine.call import Call
 from vlm_steer.engine.hooks import Method
 from vlm_steer.engine.installation import Installation, following, in_context, join
@@ -200,7 +201,7 @@ class Steering:
             rows: ``[new rows]`` int64, the row that each new row continues.
         """
         run = self._installation.earlier(cache)
-        cache.batch_select_indices(rows)
+        take_rows(cache, rows)
         if run is not None and run.call is not None:
             run.call.positive.select(rows)
 
