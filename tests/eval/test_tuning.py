@@ -343,13 +343,25 @@ def test_the_journal_of_another_study_is_refused(tmp_path, is_copied_over):
     assert (folder / "study.json").exists() == is_copied_over
 
 
-def test_a_damaged_journal_is_named(tmp_path):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda journal: b"no journal\n" + journal,
+        lambda journal: bytes(range(128, 256)),
+        lambda journal: journal + b"no journal",
+        lambda journal: journal + b"[1, 2]\n",
+    ],
+    ids=["before", "instead", "torn", "behind"],
+)
+def test_a_damaged_journal_is_named_and_left_as_it_is(tmp_path, damage):
     with study_in(tmp_path, n_trials=2) as study:
         work(study)
     path = tmp_path / JOURNAL_NAME
-    path.write_text("no journal\n" + path.read_text())
+    damaged = damage(path.read_bytes())
+    path.write_bytes(damaged)
     with pytest.raises(DataError, match=r"journal\.log is damaged"):
         study_in(tmp_path).__enter__()
+    assert path.read_bytes() == damaged
 
 
 def test_a_study_without_a_setting_within_the_constraints_says_so(tmp_path):

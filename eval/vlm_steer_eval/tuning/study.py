@@ -35,6 +35,7 @@ _IDENTITY = "identity"
 _POLL_SECONDS = 1.0
 _QUICK_RESAMPLES = 2000
 _WAIT_BEFORE_MEDIAN = 5
+_SHOWN_BYTES = 20
 
 
 def require_optuna() -> Any:
@@ -328,10 +329,10 @@ class TuningStudy:
     def _open(self) -> Any:
         path = self.folder / JOURNAL_NAME
         lock = _JournalLock(self.folder / "journal.lock")
-        with locked(lock.path):
-            _cut_torn_line(path)
         storages, pruners = self.optuna.storages, self.optuna.pruners
         try:
+            with locked(lock.path):
+                _cut_torn_line(path)
             storage = storages.JournalStorage(
                 storages.journal.JournalFileBackend(str(path), lock_obj=lock)
             )
@@ -349,7 +350,7 @@ class TuningStudy:
                     directions=[f"{o.direction}imize" for o in self.goals.objectives],
                     pruner=pruners.MedianPruner(n_startup_trials=_WAIT_BEFORE_MEDIAN),
                 )
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
             raise DataError(
                 f"{path} is damaged ({error}); restore it, or give another --output. The answers "
                 f"in {self.folder / 'answers'} are intact"
@@ -501,14 +502,22 @@ def _keep_to(path: Path, identity: Mapping[str, Any], *, write: bool = True) -> 
 
 
 def _cut_torn_line(path: Path) -> None:
-    """Remove what a kill left of the last line; Optuna would read no line behind it."""
+    """Remove what a kill left of the last line; Optuna would read no line behind it.
+
+    Raises:
+        ValueError: it is not the beginning of a line of a journal, so no kill left it.
+    """
     if not path.is_file():
         return
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with path.open("ab") as file:
-            file.truncate(len(whole))
+    torn = content[len(whole) :]
+    if not torn:
+        return
+    if not torn.startswith(b"{"):
+        raise ValueError(f"it ends in {torn[:_SHOWN_BYTES]!r}")
+    with path.open("ab") as file:
+        file.truncate(len(whole))
 
 
 @contextmanager
