@@ -1,6 +1,7 @@
 """Opening image files, with errors that name the file and what is wrong with it."""
 
 import os
+import re
 import struct
 import warnings
 import zlib
@@ -30,7 +31,7 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
             large picture, or has more than 8 bits per channel.
     """
     name = os.fspath(path)
-    if name.startswith(("http://", "https://")):
+    if re.match("https?:/", name):
         raise DataError(f"{name} is an address. Download the image and give its file.")
     if not Path(path).exists():
         raise DataError(f"image {name} does not exist.")

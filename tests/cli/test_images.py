@@ -3,6 +3,7 @@
 import io
 import random
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,6 +83,8 @@ def test_what_is_no_file_is_named(tmp_path):
         open_image(tmp_path)
     with pytest.raises(DataError, match="is an address"):
         open_image("https://example.org/a.png")
+    with pytest.raises(DataError, match="is an address"):
+        open_image(Path("http://example.org/a.png"))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
