@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.utils import get_session
+from huggingface_hub import get_session
 
 from vlm_steer import cli, load_tiny
 from vlm_steer.detection import FittedDetector, build_detector, fit_logistic, made_for

@@ -1,5 +1,6 @@
 """Detectors are judged on images they have not seen, beside what a word's place tells alone."""
 
+import copy
 import dataclasses
 import json
 import pickle
@@ -492,3 +493,28 @@ def test_detectors_are_fitted_used_and_judged_from_the_command_line(run, tmp_pat
     code, out, _ = run("detect", "list")
     assert code == 0
     assert "svar: " in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["nowhere"], 2, "unknown detector 'nowhere', and no folder of a fitted one"),
+        (["a/b/c"], 1, "a/b/c holds no detector.json"),
+        (["entropy", "--text", " "], 2, "--text is empty"),
+        (["svar", "--set", "pool=mean"], 2, "for one of svar"),
+    ],
+)
+def test_what_cannot_be_scored_is_told(run, image_folder, arguments, code, message):
+    picture = image_folder / "scene_0.png"
+    found, _, err = run("detect", "score", *arguments, "--image", picture)
+    assert (found, message in err) == (code, True), err
+
+
+def test_a_risk_that_is_no_number_is_an_error(run, image_folder, tiny, tmp_path):
+    model, processor = copy.deepcopy(tiny[0]), tiny[1]
+    model.lm_head.weight.data[5] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    arguments = ["--model", tmp_path / "model", "--image", image_folder / "scene_0.png"]
+    code, _, err = run("detect", "score", "logprob", *arguments, "--text", "A dog and a car.")
+    assert (code, "logprob: 2 of 2 risks are no numbers" in err) == (1, True), err

@@ -235,7 +235,8 @@ def get_detector(name: str) -> type[Detector]:
     known = list_detectors()
     if name not in known:
         raise ConfigError(
-            f"unknown detector {name!r}.{did_you_mean(name, known)} Detectors: {', '.join(known)}."
+            f"unknown detector {name!r}, and no folder of a fitted one.{did_you_mean(name, known)} "
+            f"Detectors: {', '.join(known)}."
         )
     return _DETECTORS[name]
 

@@ -1,6 +1,7 @@
 """Fitted detectors on the Hugging Face hub; nothing is fetched before it is asked for."""
 
 import json
+import os
 import re
 import sys
 import tempfile
@@ -12,7 +13,7 @@ from vlm_steer.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from vlm_steer.detection.store import FittedDetector
 
-__all__ = ["FILES", "fetched", "is_hub_name", "push"]
+__all__ = ["FILES", "fetched", "is_hub_name", "is_place", "push"]
 
 FILES = ("detector.json", "detector.safetensors")
 """What a detector is stored in."""
@@ -43,6 +44,11 @@ def is_hub_name(source: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) is not None
 
 
+def is_place(source: str) -> bool:
+    """Whether a text names a folder or a repository rather than a detector."""
+    return "/" in source or os.sep in source or Path(source).exists()
+
+
 def fetched(repo: str, revision: str | None = None) -> Path:
     """The folder of a detector on the hub, downloaded unless it is there already.
 
@@ -69,8 +75,7 @@ def push(detector: "FittedDetector", repo: str, *, private: bool | None, message
     Raises:
         ConfigError: The name is none of a repository, or the hub refuses or cannot be reached.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import HfApi, get_session
 
     if not is_hub_name(repo):
         raise ConfigError(f"{repo!r} cannot name a repository; write OWNER/NAME")

@@ -4,11 +4,10 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from vlm_steer.detection.base import Detector, Evidence, Unit, build_detector, list_detectors
-from vlm_steer.detection.hub import is_hub_name
+from vlm_steer.detection.hub import is_place
 from vlm_steer.detection.recording import Need, trace_answers
 from vlm_steer.detection.store import FittedDetector
 from vlm_steer.detection.trace import Trace
@@ -53,7 +52,7 @@ def _load(given: DetectorLike, model: Any, processor: Any) -> FittedDetector:
     if isinstance(given, Detector):
         return FittedDetector(given)
     name = os.fspath(given)
-    if name not in list_detectors() and (Path(name).exists() or is_hub_name(name)):
+    if name not in list_detectors() and is_place(name):
         return FittedDetector.from_pretrained(given, model, processor)
     return FittedDetector(build_detector(name))
 

@@ -20,8 +20,8 @@ from vlm_steer.detection import (
     trace_answers,
     trace_generation,
 )
-from vlm_steer.detection.hub import is_hub_name
-from vlm_steer.errors import ConfigError
+from vlm_steer.detection.hub import is_place
+from vlm_steer.errors import ConfigError, DataError
 from vlm_steer.generation import answer_ids, encode, render_prompt
 from vlm_steer.images import open_image
 from vlm_steer.loading import load_model
@@ -50,9 +50,8 @@ def parse_detectors(names: Sequence[str], settings: Sequence[str]) -> dict[str, 
         key, equals, value = setting.partition("=")
         name, dot, option = key.partition(".")
         if not (equals and dot) or name not in options:
-            raise ConfigError(
-                f"--set {setting!r}: write DETECTOR.OPTION=VALUE for one of {', '.join(options)}"
-            )
+            known = ", ".join(options) or "those given by name; fitted ones have theirs in them"
+            raise ConfigError(f"--set {setting!r}: write DETECTOR.OPTION=VALUE for one of {known}")
         options[name][option] = parse_yaml(value, f"--set {setting}", with_lines=False)[0]
     return {name: build_detector(name, given) for name, given in options.items()}
 
@@ -71,23 +70,22 @@ def fit_and_judge(
     """Fit on 60 % of the images, calibrate on 20 %, judge on 20 %; returns table and folders."""
     for detector in detectors.values():
         recipe.check(detector)
+    folders = {name: output if len(detectors) == 1 else output / name for name in detectors}
     model, processor = load_model(model_name, **loading)
+    about = made_for(model, processor)
     everything = {**{name: build_detector(name) for name in BASELINES}, **detectors}
     data = _labelled(source, model, processor, everything, settings, output, model_name)
     parts = split_images(data.image, recipe.seed)
-    about = made_for(model, processor)
     plain = Recipe(calibrator=recipe.calibrator, seed=recipe.seed)
     fitted = {
         name: fit(detector, data, about, recipe if name in detectors else plain, parts=parts)
         for name, detector in everything.items()
     }
-    folders = []
-    for name in detectors:
-        folders.append(output if len(detectors) == 1 else output / name)
-        fitted[name].save_pretrained(folders[-1])
+    for name, folder in folders.items():
+        fitted[name].save_pretrained(folder)
     test = data.where(torch.tensor([part == "test" for part in parts]))
     result = evaluate(fitted, test, n_resamples=resamples, seed=recipe.seed)
-    return _report(result, data, output), folders
+    return _report(result, data, output), list(folders.values())
 
 
 def judge(
@@ -159,7 +157,7 @@ def _loaded(
     for name in names:
         if name in plain:
             continue
-        if not Path(name).is_dir() and not is_hub_name(name):
+        if not is_place(name):
             build_detector(name)  # says which names there are
         fitted = FittedDetector.from_pretrained(name, model, processor)
         key = fitted.detector.name
@@ -192,6 +190,8 @@ def rate(
     methods = resolve(method)
     if methods and text is not None:
         raise ConfigError("--method has no effect on a text that is given; leave it out")
+    if text is not None and not text.strip():
+        raise ConfigError("--text is empty; give a text, or leave it out to have one generated")
     pictures = [open_image(path) for path in images]
     model, processor = load_model(model_name, **loading)
     ((_, fitted),) = _loaded([name], settings, model, processor, base_rate).items()
@@ -204,9 +204,12 @@ def rate(
         if not every_token:
             reader = TableNormaliser(ObjectVocabulary.coco())
             units = mention_units(trace, reader, None, mentions="all")
-        risks = fitted.risk(
-            trace, units, Evidence(picture, asked, prompt, model, processor)
-        ).tolist()
+        risks = fitted.risk(trace, units, Evidence(picture, asked, prompt, model, processor))
+        if bool(risks.isnan().any()):
+            raise DataError(
+                f"{name}: {int(risks.isnan().sum())} of {len(units)} risks are no numbers on "
+                f"{path}. Run the model in float32 or bfloat16, or repair its weights."
+            )
         rows.append(
             {
                 "image": str(path),
@@ -222,7 +225,7 @@ def rate(
                         "risk": risk,
                         "flagged": fitted.threshold is not None and risk > fitted.threshold,
                     }
-                    for unit, risk in zip(units, risks, strict=True)
+                    for unit, risk in zip(units, risks.tolist(), strict=True)
                 ],
             }
         )
