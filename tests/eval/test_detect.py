@@ -462,6 +462,11 @@ def test_detectors_are_fitted_used_and_judged_from_the_command_line(run, tmp_pat
     assert (folder / "detector.safetensors").is_file()
     result = json.loads((folder / "detection.json").read_text())
     assert result["detectors"]["svar"]["auroc"]["ci95"] is not None
+    fitted = (folder / "detector.json").read_bytes()
+    for other in (["svar", "--position", "ipw"], ["entropy"], ["svar", "--set", "svar.pool=mean"]):
+        code, _, err = run("detect", "fit", *other, "--output", folder)
+        assert (code, "which would be replaced; give another --output" in err) == (2, True)
+    assert (folder / "detector.json").read_bytes() == fitted
     score = ["detect", "score", folder, "--image", image_folder / "scene_0.png"]
     score += ["--text", "A dog and a car.", "--json"]
     code, out, err = run(*score)
@@ -490,6 +495,11 @@ def test_detectors_are_fitted_used_and_judged_from_the_command_line(run, tmp_pat
     assert (code, "would say nothing" in err) == (1, True)
     code, _, err = run("detect", "eval", "lookback_ratio", "--output", tmp_path / "again")
     assert (code, "has to be fitted" in err) == (2, True)
+    code, out, err = run(
+        "detect", "fit", "svar", "--scenes", "broken", "--limit", 60, "--output", folder, *options
+    )
+    assert code == 0, err
+    assert (folder / "detector.json").read_bytes() == fitted
     code, out, _ = run("detect", "list")
     assert code == 0
     assert "svar: " in out

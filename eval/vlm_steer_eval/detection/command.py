@@ -1,6 +1,7 @@
 """What the commands about detectors do once their options are read."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from vlm_steer.detection import (
     trace_generation,
 )
 from vlm_steer.detection.hub import is_place
-from vlm_steer.errors import ConfigError, DataError
+from vlm_steer.errors import ConfigError, DataError, SteerError
 from vlm_steer.generation import answer_ids, encode, render_prompt
 from vlm_steer.images import open_image
 from vlm_steer.loading import load_model
@@ -73,6 +74,8 @@ def fit_and_judge(
     folders = {name: output if len(detectors) == 1 else output / name for name in detectors}
     model, processor = load_model(model_name, **loading)
     about = made_for(model, processor)
+    for name, detector in detectors.items():
+        _refuse_to_replace(folders[name], detector, recipe, about)
     everything = {**{name: build_detector(name) for name in BASELINES}, **detectors}
     data = _labelled(source, model, processor, everything, settings, output, model_name)
     parts = split_images(data.image, recipe.seed)
@@ -86,6 +89,25 @@ def fit_and_judge(
     test = data.where(torch.tensor([part == "test" for part in parts]))
     result = evaluate(fitted, test, n_resamples=resamples, seed=recipe.seed)
     return _report(result, data, output), list(folders.values())
+
+
+def _refuse_to_replace(
+    folder: Path, detector: Detector, recipe: Recipe, about: Mapping[str, Any]
+) -> None:
+    """Raise ConfigError where a folder holds what the same command would not have made."""
+    if not (folder / "detector.json").is_file():
+        return
+    try:
+        known = FittedDetector.from_pretrained(folder)
+    except SteerError:
+        return  # what a kill left half written, or damaged, is no loss
+    wanted = asdict(recipe)
+    made = {option: known.made_of.get(option) for option in wanted}
+    if known.detector != detector or made != wanted or known.differing(about):
+        raise ConfigError(
+            f"{folder} holds a detector {known.detector.name} of other options or another model, "
+            "which would be replaced; give another --output, or remove it"
+        )
 
 
 def judge(
