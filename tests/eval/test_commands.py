@@ -266,7 +266,12 @@ def test_the_power_of_a_run_is_told_before_it(command):
     code, out, _ = command(*asked, "--difference", points / 100)
     assert int(out.split()[0]) == pytest.approx(3000, rel=0.1)
     assert "no difference" in command(*asked, "--items", 10)[1]
-    for wrong in ([], ["--items", 5, "--difference", 0.01], ["--difference", 0.2]):
+    for wrong in (
+        [],
+        ["--items", 5, "--difference", 0.01],
+        ["--difference", 0.2],
+        ["--difference", 0],
+    ):
         assert command(*asked, *wrong)[0] == 2
 
 
@@ -313,6 +318,52 @@ def test_wrong_options_of_eval_are_refused_before_a_model_is_loaded(
     code, _, err = command("eval", *arguments, "--output", tmp_path / "out")
     assert code == (1 if "cannot be read" in message else 2)
     assert message in err
+
+
+def test_results_of_a_run_are_replaced_by_none_but_its_own_and_then_said(
+    command, question_file, image_folder, answer_file, tmp_path
+):
+    output = tmp_path / "run"
+    data = ["--questions", question_file, "--images", image_folder, "--resamples", 10]
+    run = ["eval", "pope", *data, "--output", output, "--max-new-tokens"]
+    assert "replace" not in command(*run, 1)[2]
+    held = {path.name: path.read_bytes() for path in output.iterdir()}
+    score = ["score", "pope", "--questions", question_file, "--answers", answer_file]
+    for other in (
+        [*score, "--output", output],
+        ["compare", output, "--output", output],
+        ["eval", "pope", *data, "--rescore", output, "--parser", "official", "--output", output],
+    ):
+        code, _, err = command(*other)
+        assert (code, "holds the results of a run" in err) == (2, True)
+    assert held == {path.name: path.read_bytes() for path in output.iterdir()}
+    code, _, err = command(*run, 2)
+    assert (code, "held results of other settings" in err) == (0, True)
+    code, _, err = command(*run, 1)
+    assert (code, "held results of other settings" in err) == (0, True)
+    assert (output / "scores.json").read_bytes() == held["scores.json"]
+    assert len((output / "generations.jsonl").read_text().splitlines()) == 2 * 8
+
+
+def test_the_questions_are_not_taken_for_answers(command, question_file, tmp_path):
+    files = ["--questions", question_file, "--answers", question_file]
+    code, _, err = command("score", "pope", *files, "--output", tmp_path / "out")
+    assert (code, "holds the questions of" in err) == (1, True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("benchmark", ["amber", "mme", "hallusionbench", "mmvp", "pope"])
+def test_a_folder_of_images_that_is_none_is_told_before_anything_is_read(
+    command, tmp_path, benchmark
+):
+    data = "--data" if benchmark == "amber" else "--questions"
+    (tmp_path / "file").write_text("")
+    for images, message in (("gone", "does not exist; check --images"), ("file", "is a file")):
+        code, _, err = command(
+            "eval", benchmark, data, tmp_path / "nothing", "--images", tmp_path / images,
+            "--output", tmp_path / "out",
+        )  # fmt: skip
+        assert (code, message in err) == (1, True), err
 
 
 def test_a_run_without_a_place_to_write_loads_no_model(

@@ -16,7 +16,7 @@ from vlm_steer.errors import DataError
 from vlm_steer_eval.choices import Missing, MmvpParser
 from vlm_steer_eval.files import read_text
 from vlm_steer_eval.running.images import FileImage
-from vlm_steer_eval.running.sources import subset
+from vlm_steer_eval.running.sources import require_folder, subset
 from vlm_steer_eval.statistics.counts import Unit
 from vlm_steer_eval.statistics.metrics import MetricSet, ratio, summarise
 
@@ -287,8 +287,9 @@ def mmvp_task(
         suffix: appended to question and options.
 
     Raises:
-        DataError: the file is malformed.
+        DataError: the file is malformed, or the folder does not exist.
     """
+    require_folder(images)
     asked = load_mmvp(questions)
     chosen = set(subset((question.pair for question in asked), limit, seed))
     items = [

@@ -12,7 +12,7 @@ from vlm_steer.errors import ConfigError, DataError
 from vlm_steer_eval.choices import AmberParser, HallusionParser, MmeParser, MmhalReading
 from vlm_steer_eval.files import read_rows
 from vlm_steer_eval.running.images import FileImage, ImageSource, NoImage
-from vlm_steer_eval.running.sources import subset
+from vlm_steer_eval.running.sources import require_folder, subset
 from vlm_steer_eval.statistics.counts import Unit
 from vlm_steer_eval.statistics.metrics import MetricSet
 
@@ -111,6 +111,7 @@ def amber_task(
         ConfigError: an option is unknown, or nltk, spaCy or their data are absent.
         DataError: a file cannot be used, or an item has no query.
     """
+    require_folder(images)
     alike = load_similarity(similarity)
     queries = load_queries(data)
     annotated = load_items(data, part)
@@ -220,6 +221,7 @@ def mme_task(
     Raises:
         DataError: a file is malformed, or `remove` is not the end of a question.
     """
+    require_folder(images)
     items = [
         Item(
             id=f"{pair}/{turn}",
@@ -323,6 +325,7 @@ def hallusion_task(
         ConfigError: the judge is a recorded file.
         DataError: the file is malformed.
     """
+    require_folder(images)
     _refuse_recorded(judge)
     items = [
         Item(
@@ -403,6 +406,7 @@ def mmhal_task(
         ConfigError: the judge is a recorded file, whose replies know nothing of new answers.
         DataError: the file is malformed.
     """
+    require_folder(images)
     _refuse_recorded(judge)
     items = []
     for index, row in enumerate(read_rows(template)):

@@ -110,7 +110,7 @@ def load_texts(path: Path, ids: Sequence[str], texts: Sequence[str]) -> dict[str
         if not isinstance(text, str):
             raise DataError(
                 f"{path}, row {number}: expected the model's answer as text under "
-                f"{' or '.join(repr(key) for key in texts)}, found the keys {sorted(row)}"
+                f"{' or '.join(repr(key) for key in texts)}, found {row!r}"
             )
         answers[names[-1]] = text
     refuse_duplicates(path, names)

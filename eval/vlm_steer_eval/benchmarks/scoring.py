@@ -95,6 +95,11 @@ def score_pope(
         missing=missing,
     )
     kept = [question for question in asked if question.id in given]
+    if all(given[question.id] == question.text for question in kept):
+        raise DataError(
+            f"{answers} holds the questions of {questions}, not answers to them; give the file "
+            "with the model's answers"
+        )
     verdicts = [parse_answer(parser, given[q.id], q.label) for q in kept]
     clusters = [question.cluster for question in kept]
     counts = [pope_counts(verdict) for verdict in verdicts]

@@ -8,7 +8,7 @@ import typer
 from vlm_steer.commands.options import Seed
 from vlm_steer_eval.choices import Missing
 
-from .options import ImageFolder, OutputFolder, Resamples
+from .options import ImageFolder, OutputFolder, Resamples, refuse_run
 
 __all__ = ["compare"]
 
@@ -52,8 +52,12 @@ def compare(
     from vlm_steer_eval.reports.gallery import runs_gallery
     from vlm_steer_eval.reports.tables import render
     from vlm_steer_eval.running.runs import load_runs
+    from vlm_steer_eval.running.sources import require_folder
     from vlm_steer_eval.statistics.comparing import compare_runs
 
+    if images is not None:
+        require_folder(images)
+    refuse_run(output, "scores.json")
     loaded = load_runs(runs, baseline=baseline, missing=missing, pool=pool)
     result = compare_runs(loaded, trivial=trivial or [], n_resamples=resamples, seed=seed)
     write_json(output / "compare.json", result)

@@ -196,10 +196,12 @@ def eval_power(
         raise ConfigError("give either --items, to see which difference they show, or --difference")
     clusters = {"cluster_size": per_image, "correlation": correlation}
     if difference is not None:
-        try:
-            needed = items_needed(difference, disagreement, **clusters)
-        except ValueError as error:
-            raise ConfigError(f"--difference: {error}") from error
+        if not 0 < difference <= disagreement:
+            raise ConfigError(
+                f"--difference {difference} must lie above 0 and not above --disagreement "
+                f"{disagreement}: arms cannot differ by more than the items that they differ on"
+            )
+        needed = items_needed(difference, disagreement, **clusters)
         typer.echo(f"{needed} items show a difference of {100 * difference:g} points")
         return
     found = minimum_detectable_difference(items or 0, disagreement, **clusters)

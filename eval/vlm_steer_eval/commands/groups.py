@@ -33,6 +33,7 @@ from .options import (
     TopP,
     TrivialBaselines,
     Unanswered,
+    refuse_run,
 )
 
 if TYPE_CHECKING:
@@ -110,7 +111,12 @@ class ScoreOptions:
     seed: Seed = 0
 
     def keywords(self) -> dict[str, Any]:
-        """Keyword arguments of the scoring functions."""
+        """Keyword arguments of the scoring functions.
+
+        Raises:
+            ConfigError: the folder is that of a run.
+        """
+        refuse_run(self.output, "run.json")
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {"n_resamples": values.pop("resamples"), **values}
 

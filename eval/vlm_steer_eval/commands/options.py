@@ -65,6 +65,7 @@ __all__ = [
     "TopP",
     "TrivialBaselines",
     "Unanswered",
+    "refuse_run",
 ]
 
 
@@ -76,6 +77,17 @@ def _refuse_address(output: Path) -> Path:
     if url is not None:
         raise ConfigError(f"--output {url}: these results go to a folder; give one, and copy it")
     return output
+
+
+def refuse_run(output: Path, name: str) -> None:
+    """Raise `ConfigError` where a folder holds what a run has left behind, known by a file."""
+    from vlm_steer.errors import ConfigError
+
+    if (output / name).is_file():
+        raise ConfigError(
+            f"--output {output} holds the results of a run, which would be replaced; give another "
+            "folder"
+        )
 
 
 OutputFolder = Annotated[

@@ -10,6 +10,8 @@ import typer
 from vlm_steer.errors import ConfigError, DataError
 from vlm_steer_eval.choices import NormaliserName
 
+from .options import refuse_run
+
 if TYPE_CHECKING:
     from vlm_steer_eval.benchmarks.chair import Normaliser
     from vlm_steer_eval.benchmarks.judge import Judge
@@ -91,6 +93,7 @@ def _run(
         loading = {**loading, "device_map": workers.device}
     if run.repeat is not None and workers.size > 1:
         raise ConfigError("--repeat runs in one process; leave it out, or run it by itself")
+    before = _provenance(output)
     check_folder(output)
     model, processor = load_model(run.model, **loading)
     shared: dict[str, Any] = {
@@ -116,6 +119,7 @@ def _run(
         **shared,
     )
     typer.echo(result.table, nl=False)
+    _tell_replaced(output, before, result.run.provenance)
     if run.repeat is not None:
         report = repeat_run(
             task,
@@ -131,6 +135,26 @@ def _run(
     _tell_where(task, run, result.run.failures, run.output if logs is None else logs.url)
 
 
+def _provenance(output: Path) -> Mapping[str, Any]:
+    """What the results in a folder came from; empty where there are none."""
+    from vlm_steer_eval.files import read_json
+    from vlm_steer_eval.running.runner import RUN_NAME
+
+    path = output / RUN_NAME
+    return dict(read_json(path)) if path.is_file() else {}
+
+
+def _tell_replaced(output: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    changed = [name for name in ("model", "settings", "versions") if name in before]
+    changed = [name for name in changed if before[name] != now[name]]
+    if changed:
+        typer.echo(
+            f"note: {output} held results of other {' and '.join(changed)}, which these replace; "
+            "the answers stay logged, so the earlier command gives its results again at once",
+            err=True,
+        )
+
+
 def _rescore(task: "Task", run: "RunOptions", source: Path) -> None:
     """Score what a run has logged."""
     from vlm_steer_eval.files import write_json
@@ -139,6 +163,7 @@ def _rescore(task: "Task", run: "RunOptions", source: Path) -> None:
     from vlm_steer_eval.running.rescoring import logged_run
     from vlm_steer_eval.running.runner import RUN_NAME
 
+    refuse_run(run.output, "generations.jsonl")
     with local_copy(source, (RUN_NAME, "generations*.jsonl")) as folder:
         logged = logged_run(task, folder)
     write_json(run.output / RUN_NAME, logged.provenance)

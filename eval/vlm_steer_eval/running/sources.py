@@ -307,7 +307,9 @@ def load_image_list(path: Path) -> list[str]:
 
 
 def require_folder(folder: Path) -> None:
-    """Raise `DataError` where there is no folder of images."""
+    """Raise `DataError` where images are to be found in what is no folder."""
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"--images {folder} is a file; give the folder of the images")
     if not folder.is_dir():
         raise DataError(f"the image folder {folder} does not exist; check --images")
 
