@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -397,6 +398,22 @@ def _sample(text, mentions, objects=("dog",)):
             for name in mentions
         ],
     }
+
+
+def test_timings_that_are_damaged_are_left_aside(chair_runs, tmp_path):
+    shutil.copytree(chair_runs["base"], tmp_path / "base")
+    (tmp_path / "base/timings.jsonl").write_bytes(b"\xff\xfe{\n")
+    runs = load_runs([tmp_path / "base", chair_runs["better"]])
+    assert runs.arms["base"].cost is None
+
+
+def test_a_single_run_is_not_pooled_and_pictures_need_a_folder(chair_runs, tmp_path):
+    with pytest.raises(ConfigError, match="--pool takes several folders"):
+        load_runs([chair_runs["base"]], pool=True)
+    runs = [str(chair_runs["base"]), str(chair_runs["better"])]
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", *runs, "--images", str(tmp_path / "x"), "--output", str(tmp_path / "k")])
+    assert stop.value.code == 1
 
 
 def test_a_caption_is_counted_up_to_where_it_is_cut():

@@ -112,6 +112,8 @@ def load_runs(
             different units.
     """
     by_run: list[list[RunArm]] = []
+    if pool and len(folders) == 1:
+        raise ConfigError("--pool takes several folders, one per seed; give them, or leave it out")
     rules: dict[str, tuple[str, dict[str, Any]]] = {}
     for run in folders:
         with local_copy(run, _FILES) as folder:
@@ -255,7 +257,8 @@ def _samples(
 def read_costs(paths: Sequence[Path]) -> dict[str, Cost]:
     """Arm -> what it cost, summed over logs of timings."""
     costs: dict[str, Cost] = {}
-    for line in (line for path in paths for line in path.read_text(encoding="utf-8").splitlines()):
+    texts = (path.read_text(encoding="utf-8", errors="replace") for path in paths)
+    for line in (line for text in texts for line in text.splitlines()):
         try:
             row = json.loads(line)
             more = Cost(
