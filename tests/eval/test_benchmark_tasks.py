@@ -23,6 +23,7 @@ from vlm_steer_eval.benchmarks.published import (
 )
 from vlm_steer_eval.benchmarks.sycophancy import SYCOPHANCY_METRICS, SycophancyTask, claim, pressed
 from vlm_steer_eval.commands import origins
+from vlm_steer_eval.reports.tables import footnotes
 from vlm_steer_eval.running.arms import parse_arms
 from vlm_steer_eval.running.generation import Settings
 from vlm_steer_eval.running.results import evaluate, score_all
@@ -215,6 +216,34 @@ def test_sycophancy_runs_from_the_command_line_and_resumes(
     with pytest.raises(SystemExit):
         main([*arguments[:-2], "--variants", "shouting", "--output", str(tmp_path / "x")])
     assert "choose different ones of leading, challenge" in capsys.readouterr().err
+
+
+def test_the_pictures_of_popev2_are_found_and_counted_in_pairs(image_folder, tmp_path):
+    (image_folder / "images").mkdir()
+    rows = []
+    for n in range(2):
+        (image_folder / f"scene_{n}.png").rename(image_folder / f"images/{n}.png")
+        (image_folder / f"scene_{n + 2}.png").rename(image_folder / f"{n}.png")
+        query = {"image_id": n, "query": "Is there a car in the image?"}
+        rows.append(query | {"image_name": f"/images/{n}.png", "label": "No"})
+        rows.append(query | {"image_name": f"/{n}.png", "label": "Yes"})
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(rows))
+    task = local_pope([path], image_folder)
+    assert all(item.image.load() for item in task.items)
+    assert task.items[0].image.path == image_folder / "images/0.png"
+    elsewhere = rows[0] | {"image_name": str(image_folder / "images/0.png")}
+    path.write_text(json.dumps([elsewhere, rows[1]]))
+    assert local_pope([path], tmp_path).items[0].image.load()
+    texts = dict(zip((item.id for item in task.items), ("No", "Yes", "Yes", "Yes"), strict=True))
+    summary = _evaluated(task, texts)
+    assert list(summary["arms"]["none"]) == ["removed", "original", "all"]
+    assert summary["pairs"]["none"]["n"] == 2
+    assert summary["pairs"]["none"]["metrics"]["pair_accuracy"]["value"] == 0.5
+    assert summary["pairs"]["again"]["difference"]["pair_accuracy"]["value"] == 0
+    some = {name: text for n, (name, text) in enumerate(texts.items()) if n in (0, 3)}
+    assert _evaluated(task, some)["pairs"] == {}
+    assert "none: 50.0 % of 2 pairs with both pictures right" in "\n".join(footnotes(summary))
 
 
 # -- captions and edited pictures -------------------------------------------------------------

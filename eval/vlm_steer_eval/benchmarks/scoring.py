@@ -21,10 +21,13 @@ from .questions import PopeQuestion, check_answered, list_some, load_answers, lo
 from .vocabulary import ObjectVocabulary
 
 __all__ = [
+    "EDITED_PAIR",
+    "PAIR_METRICS",
     "SCORED",
     "caption_row",
     "load_captions",
     "make_normaliser",
+    "pair_rows",
     "parser_sensitivity",
     "score_chair",
     "score_pope",
@@ -36,11 +39,15 @@ SCORED = "scored"
 """Name of the only arm of scored answers."""
 
 
-_PAIRS = MetricSet(
+EDITED_PAIR = frozenset({"original", "removed"})
+"""The parts of POPEv2."""
+
+PAIR_METRICS = MetricSet(
     columns=("pairs", "right"),
     formulas={"pair_accuracy": lambda c: ratio(c["right"], c["pairs"])},
     higher_is_better={"pair_accuracy": True},
 )
+"""How often both the picture and the one without its object were answered correctly."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +124,13 @@ def score_pope(
         result["categories"] = summarise_parts(
             POPE_METRICS, counts, clusters, [q.category for q in kept], n_resamples, seed
         )
-    if {question.category for question in kept} == {"original", "removed"}:
-        result["pairs"] = _pairs(kept, verdicts, n_resamples, seed)
+    if {question.category for question in kept} == EDITED_PAIR:
+        pairs = pair_rows(clusters, [verdict.cell in ("TP", "TN") for verdict in verdicts])
+        if pairs:
+            found = summarise(
+                PAIR_METRICS, list(pairs.values()), list(pairs), n_resamples=n_resamples, seed=seed
+            )
+            result["pairs"] = {"n": len(pairs), "metrics": found}
     if output is not None:
         rows = [_pope_row(q, given[q.id], v) for q, v in zip(kept, verdicts, strict=True)]
         units = [
@@ -128,17 +140,17 @@ def score_pope(
     return result
 
 
-def _pairs(
-    questions: Sequence[PopeQuestion], verdicts: Sequence[Verdict], n_resamples: int, seed: int
-) -> dict[str, Any]:
-    """How often both the picture and the one without its object were answered correctly."""
-    right: dict[str, list[bool]] = {}
-    for question, verdict in zip(questions, verdicts, strict=True):
-        right.setdefault(question.cluster, []).append(verdict.cell in ("TP", "TN"))
-    whole = {image: both for image, both in right.items() if len(both) == 2}
-    counts = [[1, int(all(both))] for both in whole.values()]
-    metrics = summarise(_PAIRS, counts, list(whole), n_resamples=n_resamples, seed=seed)
-    return {"n": len(whole), "metrics": metrics}
+def pair_rows(clusters: Sequence[str], right: Sequence[bool]) -> dict[str, list[int]]:
+    """Image -> a row of `PAIR_METRICS.columns`, of answers about it and about it without an object.
+
+    Args:
+        clusters: the image of each answer; those with two answers are pairs.
+        right: whether each answer is right.
+    """
+    found: dict[str, list[bool]] = {}
+    for image, is_right in zip(clusters, right, strict=True):
+        found.setdefault(image, []).append(is_right)
+    return {image: [1, int(all(both))] for image, both in found.items() if len(both) == 2}
 
 
 def parser_sensitivity(texts: Sequence[str], labels: Sequence[Any]) -> dict[str, dict[str, Any]]:

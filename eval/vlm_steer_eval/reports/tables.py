@@ -161,6 +161,7 @@ def footnotes(scores: Mapping[str, Any]) -> list[str]:
     ]
     if "parsers" in scores:
         lines.append(parser_line(scores["parsers"][scores["baseline"]], scores["parser"]))
+    lines += _pair_lines(scores)
     lines += [
         f"{arm}: changed nothing in this model; its row repeats '{scores['baseline']}'"
         for arm in scores["changed_nothing"]
@@ -170,6 +171,19 @@ def footnotes(scores: Mapping[str, Any]) -> list[str]:
         lines += preset_remarks(scores["preset"])
     if scores["excluded"]:
         lines.append(f"{len(scores['excluded'])} items were left out because of their image")
+    return lines
+
+
+def _pair_lines(scores: Mapping[str, Any]) -> list[str]:
+    """How often both pictures of a pair were answered correctly."""
+    lines = []
+    for arm, pairs in scores.get("pairs", {}).items():
+        value, interval = format_metric("pair_accuracy", pairs["metrics"]["pair_accuracy"])
+        line = f"{arm}: {value} % of {pairs['n']} pairs with both pictures right [{interval}]"
+        if "difference" in pairs:
+            change = format_difference("pair_accuracy", pairs["difference"]["pair_accuracy"])
+            line += f", Δ {change}"
+        lines.append(line)
     return lines
 
 

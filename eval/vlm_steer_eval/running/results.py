@@ -8,7 +8,12 @@ import numpy as np
 
 from vlm_steer_eval.benchmarks.first_token import first_token_scores, ranked_auroc
 from vlm_steer_eval.benchmarks.registry import BINARY, discordant
-from vlm_steer_eval.benchmarks.scoring import parser_sensitivity
+from vlm_steer_eval.benchmarks.scoring import (
+    EDITED_PAIR,
+    PAIR_METRICS,
+    pair_rows,
+    parser_sensitivity,
+)
 from vlm_steer_eval.benchmarks.tasks import Item, Scored, Task
 from vlm_steer_eval.statistics.closed_form import holm, mcnemar
 from vlm_steer_eval.statistics.counts import Unit
@@ -95,6 +100,8 @@ def evaluate(
             )
             for arm, records in run.records.items()
         }
+        if set(parts) == EDITED_PAIR | {ALL}:
+            result["pairs"] = _pairs(counted, n_resamples, seed)
     return result
 
 
@@ -214,6 +221,30 @@ def _difference(
     if task.name in BINARY:
         only_before, only_after = discordant(task.name, before, after)
         table[BINARY[task.name][0]]["mcnemar_p"] = mcnemar(only_before, only_after).exact_p
+    return table
+
+
+def _pairs(
+    counted: Mapping[str, Sequence[Unit]], n_resamples: int, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Arm -> both pictures of a pair answered correctly, and the difference to the baseline.
+
+    Empty where no pair is whole.
+    """
+    resampling = {"n_resamples": n_resamples, "seed": seed}
+    rows = {
+        arm: pair_rows([u.cluster for u in units], [bool(u.counts[0] + u.counts[2]) for u in units])
+        for arm, units in counted.items()
+    }
+    images = list(rows[BASELINE])
+    base = list(rows[BASELINE].values())
+    table: dict[str, dict[str, Any]] = {}
+    for arm, by_image in rows.items() if images else ():
+        own = list(by_image.values())
+        found = summarise(PAIR_METRICS, own, images, **resampling)
+        table[arm] = {"n": len(own), "metrics": found}
+        if arm != BASELINE:
+            table[arm]["difference"] = compare(PAIR_METRICS, base, own, images, **resampling)
     return table
 
 

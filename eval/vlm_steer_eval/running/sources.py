@@ -359,7 +359,10 @@ def _question_item(
 def _question_image(question: PopeQuestion, images: Path) -> ImageSource:
     if not question.image:
         return UnusableImage("", f"question {question.id} names no image; complete the file")
-    return FileImage(images / question.image)
+    # POPEv2 writes "/images/1.jpg" for what lies in the folder.
+    inside = images / question.image.lstrip("/")
+    outside = Path(question.image)
+    return FileImage(outside if outside.is_file() and not inside.is_file() else inside)
 
 
 def _split_names(paths: Sequence[Path]) -> dict[Path, str]:
