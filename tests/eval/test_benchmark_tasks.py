@@ -21,6 +21,7 @@ from vlm_steer_eval.benchmarks.published import (
     mme_task,
     mmhal_task,
 )
+from vlm_steer_eval.benchmarks.scoring_amber import load_items
 from vlm_steer_eval.benchmarks.sycophancy import SYCOPHANCY_METRICS, SycophancyTask, claim, pressed
 from vlm_steer_eval.commands import origins
 from vlm_steer_eval.reports.tables import footnotes
@@ -467,6 +468,24 @@ def test_mmhal_of_a_run_asks_a_judge_that_can_be_asked(tmp_path):
     assert _values(_evaluated(task, {"0": "?"}), "other")["hallucination_rate"] == 1
     with pytest.raises(ConfigError, match="vlm-steer score"):
         mmhal_task(template, tmp_path, RecordedJudge(tmp_path / "r.jsonl"))
+
+
+def test_a_question_that_occurs_twice_is_named(tmp_path, image_folder):
+    row = {
+        "category": "VD", "subcategory": "map", "set_id": "0", "figure_id": "0", "question_id": "0",
+        "visual_input": "1", "question": "Is it?", "gt_answer": "1", "filename": "./a.png",
+    }  # fmt: skip
+    hallusion = tmp_path / "HallusionBench.json"
+    hallusion.write_text(json.dumps([row, row]))
+    with pytest.raises(DataError, match="1 questions occur more than once"):
+        hallusion_task(hallusion, image_folder)
+    item = {"id": 7, "type": "relation", "truth": "no"}
+    (tmp_path / "annotations.json").write_text(json.dumps([item, item]))
+    with pytest.raises(DataError, match=r"more than once \(7\)"):
+        load_items(tmp_path, "all")
+    (tmp_path / "color.txt").write_text("a.png\tRed?\tYes\na.png\tBlue?\tNo\n" * 2)
+    with pytest.raises(DataError, match="2 questions occur more than once"):
+        mme_task(tmp_path, image_folder)
 
 
 # -- MMVP -------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from vlm_steer_eval.statistics.metrics import MetricSet, ratio, summarise
 
 from .judge import Judge
 from .pope import Answer, parse_answer
-from .questions import check_answered
+from .questions import check_answered, refuse_duplicates
 from .scoring import write_scores
 
 __all__ = [
@@ -90,7 +90,7 @@ def load_hallusion(path: Path) -> list[HallusionQuestion]:
     """The benchmark's question file.
 
     Raises:
-        DataError: the file is malformed.
+        DataError: the file is malformed, or a question occurs twice.
     """
     questions = []
     for number, row in enumerate(read_rows(path), 1):
@@ -114,6 +114,7 @@ def load_hallusion(path: Path) -> list[HallusionQuestion]:
                 filename=str(row.get("filename") or ""),
             )
         )
+    refuse_duplicates(path, [question.id for question in questions])
     return questions
 
 

@@ -16,6 +16,7 @@ from vlm_steer_eval.statistics.counts import Unit
 from vlm_steer_eval.statistics.metrics import Floats, MetricSet, ratio, summarise
 
 from .pope import Answer, parse_answer
+from .questions import refuse_duplicates
 from .scoring import summarise_parts, write_scores
 
 __all__ = [
@@ -211,11 +212,13 @@ def load_mme_questions(folder: Path) -> dict[str, tuple[MmeRow, MmeRow]]:
     """Name of a pair -> its questions, from a folder of TASK.txt without answers.
 
     Raises:
-        DataError: a file is malformed, or an image does not have its two questions.
+        DataError: a file is malformed, an image does not have its two questions, or a question
+            about it occurs twice.
     """
     rows = _folder_rows(folder, columns=("image", "question", "label"))
     if not rows:
         raise DataError(f"{folder} holds no TASK.txt of MME; expected one of {', '.join(_TASKS)}")
+    refuse_duplicates(folder, [f"{row.task}/{row.image}: {row.question}" for row in rows])
     pairs = _pairs(folder, rows)
     return {f"{n}/{pair[0].task}/{pair[0].image}": pair for n, pair in enumerate(pairs)}
 

@@ -115,7 +115,7 @@ def amber_task(
     alike = load_similarity(similarity)
     queries = load_queries(data)
     annotated = load_items(data, part)
-    silent = [item.id for item in annotated if item.id not in queries]
+    silent = [item.id for item in annotated if not queries.get(item.id)]
     if silent:
         raise DataError(
             f"{data / 'query'} has no query for {len(silent)} of the {len(annotated)} items of "

@@ -157,7 +157,7 @@ def refuse_duplicates(path: Path, ids: Sequence[str]) -> None:
     repeated = [name for name, count in Counter(ids).items() if count > 1]
     if repeated:
         raise DataError(
-            f"{path}: {len(repeated)} question ids occur more than once ({list_some(repeated)}); "
+            f"{path}: {len(repeated)} questions occur more than once ({list_some(repeated)}); "
             "remove the repeated rows or number them anew"
         )
 

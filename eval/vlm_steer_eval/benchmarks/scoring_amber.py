@@ -29,7 +29,7 @@ from .amber import (
 )
 from .nltk_tools import Nltk, load_nltk
 from .pope import Answer, parse_answer
-from .questions import check_answered, load_texts
+from .questions import check_answered, load_texts, refuse_duplicates
 from .scoring import summarise_parts, write_scores
 
 __all__ = [
@@ -182,7 +182,7 @@ def load_items(data: Path, part: str) -> list[AmberItem]:
     """The items of a part, from `annotations.json`.
 
     Raises:
-        DataError: the file is malformed, or holds none of that part.
+        DataError: the file is malformed, an id occurs twice, or it holds none of that part.
     """
     images = {key: str(row["image"]) for key, row in _query_rows(data).items()}
     items = []
@@ -200,6 +200,7 @@ def load_items(data: Path, part: str) -> list[AmberItem]:
             items.append(AmberItem(name, str(kind), image, truth, row.get("hallu", ())))
     if not items:
         raise DataError(f"{data / 'annotations.json'} holds no items of --part {part}")
+    refuse_duplicates(data / "annotations.json", [item.id for item in items])
     return items
 
 
