@@ -181,11 +181,15 @@ def several(case: str, sizes: Sequence[tuple[int, int]]) -> list[Places]:
     ]
 
 
-ALONE_ONLY = {"any size", "pooled lines of patches", "patches with places"}
-"""Cases whose grids are told by the number of tokens, which says nothing of several pictures."""
+SIZES = {
+    "any size": "image_sizes",
+    "pooled lines of patches": "spatial_shapes",
+    "patches with places": "image_position_ids",
+}
+"""Cases whose grids the processor tells, and by which argument."""
 
 
-@pytest.mark.parametrize("case", sorted(set(CASES) - ALONE_ONLY))
+@pytest.mark.parametrize("case", CASES)
 def test_each_of_several_pictures_has_its_own_tokens(case: str) -> None:
     sizes = [(90, 60), (50, 70)]
     found = several(case, sizes)
@@ -201,8 +205,19 @@ def test_each_of_several_pictures_has_its_own_tokens(case: str) -> None:
         torch.testing.assert_close(mine, expected, rtol=0, atol=0.51)
 
 
-@pytest.mark.parametrize("case", sorted(ALONE_ONLY))
-def test_pictures_that_are_not_told_apart_have_no_places(case: str) -> None:
+@pytest.mark.parametrize("case", SIZES)
+def test_without_its_size_one_picture_has_places_and_several_have_none(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = places_of(case, (90, 60))
+    family, look = loaded(case)
+
+    def unsaid(pictures: zoo.Pictures) -> tuple[list[list[int]], zoo.Inputs]:
+        blocks, tensors = look(pictures)
+        return blocks, {name: tensors[name] for name in tensors if name != SIZES[case]}
+
+    monkeypatch.setattr(f"{__name__}.loaded", lambda _: (family, unsaid))
+    torch.testing.assert_close(places_of(case, (90, 60)).boxes, expected.boxes)
     with pytest.raises(UnsupportedModelError, match="no fixed grid of patches"):
         several(case, [(90, 60), (50, 70)])
 

@@ -11,6 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +37,10 @@ Where the prompt has several pictures, the others have to be the same each time.
 _BRIGHTEST = 255
 _STRAY = 0.35
 """Largest distance of a patch from its place in an even grid, in patches."""
+_SIZE_NAMES = ("spatial_shapes", "image_sizes")
+"""Arguments that give the height and width of every row of pixels."""
+_PLACES_NAME = "image_position_ids"
+"""The argument that gives the column and line of every patch, -1 for padding."""
 _SLIVER = 0.05
 """Share of a token's width or height below which it shows padding: the measured edge of the picture
 is this inexact where the processor blends it with padding."""
@@ -161,10 +166,14 @@ class _View(NamedTuple):
         x, y = (x - low) / span * width, (y - low) / span * height
         return cls(x, y, is_inside, (low == 0) & (high == 0), inputs, size)
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> "_View":
+        """The same of some of the values, or of all in another shape."""
+        x, y, is_inside, is_filler = map(change, self[:4])
+        return self._replace(x=x, y=y, is_inside=is_inside, is_filler=is_filler)
+
     def reshaped(self, shape: Sequence[int]) -> "_View":
         """The same values in another shape."""
-        x, y, is_inside, is_filler = (part.reshape(shape) for part in self[:4])
-        return self._replace(x=x, y=y, is_inside=is_inside, is_filler=is_filler)
+        return self.each(lambda part: part.reshape(shape))
 
 
 def _grey(shade: Any) -> Image.Image:
@@ -177,6 +186,8 @@ def _grid_boxes(geometry: Geometry, view: _View, count: int, image: int) -> Tens
         # Where the model tells nothing, what the processor returned may.
         shapes = None
         if not geometry.is_run:
+            if (boxes := _told_boxes(view, count)) is not None:
+                return boxes
             shapes = _square_cells(view, count) or _patch_cells(view, count)
         if shapes is None:
             raise _placeless(geometry.unknown)
@@ -197,6 +208,47 @@ def _grid_boxes(geometry: Geometry, view: _View, count: int, image: int) -> Tens
 def _nowhere(count: int) -> Tensor:
     """``[count, 4]`` boxes of tokens without a place."""
     return torch.full((count, 4), math.nan, dtype=torch.float64)
+
+
+def _told_boxes(view: _View, count: int) -> Tensor | None:
+    """Boxes of tokens where the processor tells the size of every row of its pixels.
+
+    A row is a picture or a tile of one, padded to the size of the largest.
+    """
+    sizes = _told_sizes(view.inputs)
+    if sizes is None or sizes.shape != (len(view.x), 2) or view.x.ndim not in (3, 4):
+        return None
+    merge = math.isqrt(int(sizes.prod(dim=1).sum()) // max(count, 1))
+    if merge == 0 or bool((sizes % merge).any()):
+        return None
+    if int(sizes.prod(dim=1).sum()) != merge**2 * count:
+        return None
+    rows = [view.each(itemgetter(slice(i, i + 1))) for i in range(len(sizes))]
+    shapes = (sizes // merge).tolist()
+    return torch.cat([_row_boxes(*of) for of in zip(rows, sizes.tolist(), shapes, strict=True)])
+
+
+def _told_sizes(inputs: Mapping[str, Any]) -> Tensor | None:
+    """``[rows, 2]`` heights and widths, in patches or in pixels."""
+    for name in _SIZE_NAMES:
+        sizes = inputs.get(name)
+        if isinstance(sizes, Tensor):
+            return sizes.long().cpu()
+    places = inputs.get(_PLACES_NAME)
+    if not (isinstance(places, Tensor) and places.ndim == 3):
+        return None
+    return (places.amax(dim=1) + 1).flip(-1).long().cpu()
+
+
+def _row_boxes(row: _View, size: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Boxes of the tokens of one row of pixels; none has a place if it shows another picture."""
+    rows, columns = shape
+    if not bool(row.is_inside.any()):
+        return _nowhere(rows * columns)
+    if row.x.ndim == 3:
+        return _patch_boxes(row, (rows, columns))
+    height, width = size
+    return _tile_boxes(row.each(lambda part: part[..., :height, :width]), 0, (rows, columns))
 
 
 def _square_cells(view: _View, count: int) -> Sequence[tuple[int, int]] | None:
