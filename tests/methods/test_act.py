@@ -131,6 +131,23 @@ def test_a_file_that_does_not_fit_is_refused_with_what_to_do(
         vlm_steer.attach(zoo.load("llava").model, {"method": "act", "head_list": str(path)})
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3"])
+def test_its_own_heads_alone_are_computed_to_the_same_effect(family: str) -> None:
+    loaded = zoo.load(family)
+    heads = {0: (0, 3), 1: (2,)}
+    act = {"method": "act", "head_list": heads, "threshold": 1.01, "layers": "all"}
+    batch = loaded.batch([loaded.inputs(6), loaded.inputs(9, seed=1)])
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+    logits = {}
+    # An observer needs the rows of all heads.
+    for name, spec in (("none", None), ("own", act), ("all", [act, "lookback_ratio"])):
+        with vlm_steer.steer(loaded.model, spec):
+            found = loaded.model.generate(**batch, **options, output_logits=True)
+        logits[name] = torch.stack(found.logits)
+    torch.testing.assert_close(logits["own"], logits["all"], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(logits["own"], logits["none"], atol=1e-5)
+
+
 def test_a_missing_or_broken_file_says_how_to_make_one(tmp_path: Path) -> None:
     path = tmp_path / "heads.json"
     for _ in range(2):

@@ -206,6 +206,14 @@ class Method(metaclass=_Strict):
         """Constants of this model, computed once when the method is attached."""
         return None
 
+    def own_heads(self, layer: int, plan: Any) -> tuple[int, ...] | None:
+        """Heads whose attention the method reads and changes in a layer; ``None`` for all.
+
+        Where no other method needs attention rows, its hooks are given these heads alone, in this
+        order, and else all heads.
+        """
+        return None
+
     def notes(self, plan: Any) -> tuple[str, ...]:
         """What was resolved for this model, for ``status()``."""
         return ()

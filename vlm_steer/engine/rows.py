@@ -21,6 +21,7 @@ from vlm_steer.functional.fast import row_scores, weighted_values
 __all__ = ["Rows", "Seen", "put"]
 
 _BLOCK = 64
+_PER_HEAD = ("s_aux", "sinks", "position_bias")
 
 
 class Seen:
@@ -54,6 +55,10 @@ class Rows:
         options: dict[str, Any],
     ):
         _refuse_unknown(options, module)
+        self.heads = _own_heads(work, options)
+        if self.heads is not None:
+            of_keys = [head * key.shape[1] // query.shape[1] for head in self.heads]
+            query, key, value = query[:, self.heads], key[:, of_keys], value[:, of_keys]
         self.forward, self.work = forward, work
         self.query, self.key, self.value = query, key, value
         self.attention_mask, self.options = attention_mask, options
@@ -71,7 +76,7 @@ class Rows:
     @property
     def are_all_replaced(self) -> bool:
         """Whether the rows steered are all there is, so that the kernel's pass can be skipped."""
-        return self.acting.replaces_rows
+        return self.acting.replaces_rows and self.heads is None
 
     def recomputed(self) -> Tensor:
         """``[batch, rows, heads, value_dim]`` of a pass in which every row is steered."""
@@ -96,8 +101,11 @@ class Rows:
             self._observe_rows(weights, rows)
             if writers:
                 is_changed = self._is_changed(rows)[:, :, None, None]
-                old = outputs[:, slice(*rows)]
-                outputs[:, slice(*rows)] = torch.where(is_changed, self._outputs(weights), old)
+                heads = slice(None) if self.heads is None else self.heads
+                block = outputs[:, slice(*rows)]
+                block[:, :, heads] = torch.where(
+                    is_changed, self._outputs(weights), block[:, :, heads]
+                )
             if rows[1] == length:
                 self._observe(weights[:, :, -1])
         if first == length and (self.acting.observe or self.acting.choose):
@@ -337,6 +345,17 @@ class Rows:
             known = self.forward.observed.setdefault(bound.method.name, {})
             before = known.get(self.layer)
             known[self.layer] = seen if before is None else torch.cat([before, seen], dim=1)
+
+
+def _own_heads(work: Work, options: dict[str, Any]) -> list[int] | None:
+    """The heads to compute rows of; ``None`` for all."""
+    hooks = (work.scores, work.tally, work.weights, work.look, work.choose, work.observe)
+    bounds = {bound for hook in hooks for bound in hook}
+    if len(bounds) > 1 or any(options.get(name) is not None for name in _PER_HEAD):
+        return None
+    (bound,) = bounds
+    heads = bound.method.own_heads(work.site.layer, bound.constants)
+    return None if heads is None else list(heads)
 
 
 def _padded(values: Tensor, n_keys: int) -> Tensor:

@@ -41,8 +41,8 @@ class ACT(Method):
     decoding with a cache is the same as without. The paper is about text models; ``where`` and
     ``receivers`` restrict the method to the image or to text.
 
-    Cost: all attention rows of the prompt, twice, in the layers that have heads; one row when
-    decoding; no extra pass.
+    Cost: all attention rows of the prompt, twice, of its heads alone where no other method needs
+    rows; one row when decoding; no extra pass.
 
     Attributes:
         beta: Fraction of their attention that sinks keep, 0 to 1; 1 disables. The authors use 0.4.
@@ -123,6 +123,9 @@ class ACT(Method):
             )
         return listed
 
+    def own_heads(self, layer: int, plan: Any) -> tuple[int, ...] | None:
+        return None if plan is None else plan[layer]
+
     def notes(self, plan: Any) -> tuple[str, ...]:
         if plan is None:
             return ()
@@ -179,9 +182,7 @@ class ACT(Method):
         targets = ~sinks if self.receivers == "all" else ~sinks & is_image
         old = self._of_heads(weights, at)
         new = F.spread_sinks(old, sinks, targets, keep=self.beta)
-        if at.plan is None:
-            return new
-        return weights.index_copy(1, self._index(at), new)
+        return new if new.shape == weights.shape else weights.index_copy(1, self._index(at), new)
 
     def _sinks(self, tally: Tensor) -> Tensor:
         received, seen, n_rows = tally[:, :-2], tally[:, -2:-1], tally[:, -1:]
@@ -190,7 +191,9 @@ class ACT(Method):
         return F.attention_sinks(received / seen.clamp(min=1), theta=theta)
 
     def _of_heads(self, weights: Tensor, at: At) -> Tensor:
-        return weights if at.plan is None else weights.index_select(1, self._index(at))
+        if at.plan is None or weights.shape[1] == len(at.plan[at.layer]):
+            return weights  # all heads there are, or all that were computed
+        return weights.index_select(1, self._index(at))
 
     def _index(self, at: At) -> Tensor:
         heads = at.plan[at.layer]

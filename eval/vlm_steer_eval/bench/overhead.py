@@ -64,6 +64,8 @@ SETTINGS: dict[str, Spec] = {
     # A random model has no massive activations; two ordinary dimensions stand in for sinks, so
     # that the redistribution does all of its work.
     "var": {"method": "var", "sink_dims": [1, 2], "tau": 2.0, "min_image_mass": 0.0},
+    # The paper acts on few heads, chosen for every model; two of each layer stand in for them.
+    "act_calibrated": {"method": "act"},
     # There is no processor that could tell what black is.
     "agla": {"method": "agla", "blank": "mean"},
     # There is no tokenizer either; as many ids as the authors' texts have tokens.
@@ -222,7 +224,7 @@ def measure_overhead(
 
 
 def _made_for(model: PreTrainedModel, folder: str) -> dict[str, Spec]:
-    """Arms that need files made for the model; what is in them does not cost time."""
+    """Arms that need files or heads of the model; which ones does not change what they cost."""
     config = model.config.get_text_config(decoder=True)
     layers = config.num_hidden_layers
     directions, heads = f"{folder}/vti.safetensors", f"{folder}/decore.json"
@@ -232,6 +234,7 @@ def _made_for(model: PreTrainedModel, folder: str) -> dict[str, Spec]:
     return {
         "vti": {"method": "vti", "directions": directions},
         "decore": {"method": "decore", "head_file": heads, "n_heads": layers},
+        "act_calibrated": {"method": "act", "head_list": dict.fromkeys(range(layers), (0, 1))},
     }
 
 
