@@ -1,5 +1,7 @@
 """The statistics against reference values, and their laws."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -66,6 +68,14 @@ def test_reference_cases_are_reproduced(golden):
     many = cases["multiple_comparisons"]
     assert holm(many["p"]) == pytest.approx(many["holm"], abs=1e-15)
     assert benjamini_hochberg(many["p"]) == pytest.approx(many["benjamini_hochberg"], abs=1e-15)
+
+
+def test_an_interval_of_a_share_stays_within_its_bounds():
+    for n in range(1, 60):
+        none, everything = wilson(0, n), wilson(n, n)
+        assert math.copysign(1, none.low) == 1
+        assert none.low < none.high
+        assert everything.low < everything.high <= 1
 
 
 def test_published_greedy_and_sampled_answers_differ_by_mcnemar(golden, data_folder):

@@ -75,7 +75,8 @@ def wilson(successes: int, n: int, *, level: float = 0.95) -> Interval:
     centre = share + z**2 / (2 * n)
     spread = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     scale = 1 + z**2 / n
-    return Interval((centre - spread) / scale, (centre + spread) / scale)
+    # Rounding leaves a hair below 0 or above 1.
+    return Interval(max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale))
 
 
 def clopper_pearson(successes: int, n: int, *, level: float = 0.95) -> Interval:
