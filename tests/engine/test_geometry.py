@@ -45,6 +45,24 @@ def panned() -> zoo.Look:
     return look
 
 
+def halved() -> zoo.Look:
+    """LFM2-VL with tiles: both halves of a picture, and the whole."""
+    plain = zoo.load("lfm2_vl").recipe.look
+
+    def look(pictures: zoo.Pictures) -> tuple[list[list[int]], zoo.Inputs]:
+        parts = []
+        for whole in pictures:
+            middle = whole.width // 2
+            parts += [
+                whole.crop((0, 0, middle, whole.height)),
+                whole.crop((middle, 0, whole.width, whole.height)),
+                whole,
+            ]
+        return plain(parts)
+
+    return look
+
+
 class Case(NamedTuple):
     """A processor, and how the values of its tensors belong to tokens."""
 
@@ -69,6 +87,7 @@ CASES = {
     "merged patches in windows": Case("qwen2_5_vl", "patches"),
     "patches as pictures": Case("kimi_k25", "patches"),
     "pooled lines of patches": Case("lfm2_vl", "lines 2"),
+    "tiles of patches": Case("lfm2_vl", "lines 2", halved),
     "tiles seen across": Case("mllama", "across 2"),
     "patches with places": Case("gemma4", "lines 2"),
 }
@@ -100,7 +119,7 @@ def sums(case: str, inputs: zoo.Inputs, pixels: Tensor) -> Tensor:
         grid = inputs["image_grid_thw"].prod().item()
         return pixels.reshape(grid // 4, -1).sum(dim=1)
     if kind == "lines":
-        cells = pixels[0].sum(dim=1).reshape(1, 1, 4, 4)
+        cells = pixels.sum(dim=2).reshape(-1, 1, 4, 4)
         return torch.nn.functional.avg_pool2d(cells, 4 // int(number)).flatten()
     pixels = pixels.reshape(-1, *pixels.shape[-3:]).sum(dim=1)
     side = 4 if number == "packed" else int(number)
