@@ -347,6 +347,8 @@ def test_beaf_of_a_run_scores_like_its_answer_file(beaf_file, image_folder, tmp_
     # What was asked about an edited picture counts only beside the same about the original.
     fewer = _evaluated(task, {name: text for name, text in texts.items() if name != "0"})
     assert fewer["arms"]["none"]["all"]["n"] == len(texts) - 2
+    with pytest.raises(DataError, match="no group of questions of beaf is whole"):
+        _evaluated(task, {name: text for name, text in texts.items() if name not in "0145"})
     assert len(beaf_task(beaf_file, image_folder, limit=1).items) == 4
     with pytest.raises(DataError, match="does not exist"):
         beaf_task(beaf_file, tmp_path / "nowhere")

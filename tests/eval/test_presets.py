@@ -147,6 +147,12 @@ def test_a_preset_that_cannot_be_meant_is_refused(
     assert message in " ".join(err.split())
 
 
+def test_a_benchmark_without_presets_says_so(command, tmp_path):
+    data = ["--questions", tmp_path / "q", "--images", tmp_path, "--output", tmp_path / "out"]
+    code, _, err = command("eval", "beaf", *data, "--preset", "pope/official")
+    assert (code, "or leave it out: beaf has none" in err) == (2, True)
+
+
 def test_presets_are_listed_and_shown(command):
     code, out, _ = command("eval", "presets")
     assert code == 0

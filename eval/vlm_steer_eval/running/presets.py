@@ -152,10 +152,11 @@ def apply_preset(
 
     preset = load_preset(name)
     if preset.benchmark != benchmark:
+        own = [known for known in list_benchmark_presets() if known.startswith(f"{benchmark}/")]
         raise ConfigError(
             f"--preset {name} is a protocol of {preset.benchmark}; run `vlm-steer eval "
-            f"{preset.benchmark}`, or choose one of "
-            f"{', '.join(p for p in list_benchmark_presets() if p.startswith(benchmark + '/'))}"
+            f"{preset.benchmark}`, or "
+            + (f"choose one of {', '.join(own)}" if own else f"leave it out: {benchmark} has none")
         )
     deviations = {} if given.get("limit") is None else {"limit": given["limit"]}
     for option, value in preset.options.items():

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_steer.errors import DataError
 from vlm_steer_eval.benchmarks.first_token import first_token_scores, ranked_auroc
 from vlm_steer_eval.benchmarks.registry import BINARY, discordant
 from vlm_steer_eval.benchmarks.scoring import (
@@ -61,9 +62,19 @@ def evaluate(
             and, for methods under test, p after Holm's correction over these;
         `uncorrected`: the arms without that, controls and trivial baselines; and what else there is
         to know about the run.
+
+    Raises:
+        DataError: answers count in groups, and none of them is whole.
     """
     usable = [item for item in task.items if item.id in run.records[BASELINE]]
     counted = units(task, scores)
+    if not counted[BASELINE]:
+        first = run.failures[0]["error"] if run.failures else "questions are missing"
+        raise DataError(
+            f"no group of questions of {task.name} is whole, so nothing can be counted "
+            f"({first.rstrip('.')}); mend that and run the same command again, which adds what is "
+            "missing"
+        )
     parts = _parts(counted[BASELINE], usable)
     result: dict[str, Any] = {
         "benchmark": task.name,
