@@ -282,3 +282,40 @@ def test_the_look_hook_sees_weights_as_other_methods_leave_them() -> None:
     assert (seen[0][:, -1] == 0).all()
     assert (seen[0][:, :-1] != 0).any()
     assert (seen[1] == 0).all()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighing(Method):
+    """Keeps the rows of weights that its hooks get, and changes them."""
+
+    name: ClassVar[str] = "weighing"
+    rows: ClassVar[Rows] = "text"
+    heads_alone: tuple[int, ...] | None = None
+    seen: list[torch.Tensor] = field(default_factory=list)
+
+    def own_heads(self, layer: int, plan: Any) -> tuple[int, ...] | None:
+        return self.heads_alone
+
+    def tally(self, weights: torch.Tensor, at: At) -> torch.Tensor:
+        self.seen.append(weights)
+        return weights.sum(dim=(1, 2))
+
+    def weights(self, weights: torch.Tensor, at: At) -> torch.Tensor:
+        self.seen.append(weights)
+        return weights.flip(-1)
+
+
+@pytest.mark.parametrize("heads", [None, (0, 2)])
+def test_under_autocast_hooks_get_float32_weights_whose_rows_sum_to_one(
+    heads: tuple[int, ...] | None,
+) -> None:
+    family = zoo.load("llava")
+    batch = family.batch([family.inputs(n_text=5), family.inputs(n_text=9, seed=1)])
+    method = Weighing(heads_alone=heads)
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+    with vlm_steer.steer(family.model, method), torch.no_grad(), autocast:
+        family.model.generate(**batch, max_new_tokens=3, do_sample=False)
+    assert len(method.seen) > 4
+    for weights in method.seen:
+        assert weights.dtype == torch.float32
+        torch.testing.assert_close(weights.sum(dim=-1), torch.ones(weights.shape[:-1]))

@@ -7,7 +7,7 @@ steered ones in blocks: no tensor is ever ``[batch, heads, sequence, sequence]``
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -124,14 +124,17 @@ def steered_attention(
     extra, seen = None, Seen()
     if work.needs_rows:
         rows = Rows(forward, work, module, query, key, value, attention_mask, options)
-        rows.tally()
+        with _uncast(query.device):
+            rows.tally()
         if site.layer == forward.last:
             raise Enough
         if rows.are_all_replaced:
-            outputs = rows.recomputed()
+            with _uncast(query.device):
+                outputs = rows.recomputed()
         else:
             outputs, extra = base(query, key, value, attention_mask)
-            rows.steer(outputs)
+            with _uncast(query.device):
+                rows.steer(outputs)
         seen = rows.seen
     else:
         outputs, extra = base(query, key, value, attention_mask)
@@ -140,6 +143,13 @@ def steered_attention(
     if work.heads:
         outputs = _edited_heads(forward, work, outputs, seen)
     return outputs, extra
+
+
+def _uncast(device: torch.device) -> AbstractContextManager[object]:
+    """Keeps the user's autocast from lowering the precision of what hooks are given and return."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _base_function(implementation: str, module: nn.Module) -> AttentionFunction:

@@ -103,9 +103,9 @@ class Rows:
                 is_changed = self._is_changed(rows)[:, :, None, None]
                 heads = slice(None) if self.heads is None else self.heads
                 block = outputs[:, slice(*rows)]
-                block[:, :, heads] = torch.where(
-                    is_changed, self._outputs(weights), block[:, :, heads]
-                )
+                # Under autocast the kernel's outputs are narrower than the queries.
+                new = self._outputs(weights).to(outputs.dtype)
+                block[:, :, heads] = torch.where(is_changed, new, block[:, :, heads])
             if rows[1] == length:
                 self._observe(weights[:, :, -1])
         if first == length and (self.acting.observe or self.acting.choose):
