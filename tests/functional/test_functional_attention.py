@@ -33,6 +33,7 @@ from vlm_steer.functional import (
     scale_scores,
     sink_tokens,
     spin_gate,
+    spread_sinks,
     transfer_scales,
     vision_aware_heads,
 )
@@ -175,6 +176,28 @@ def test_a_transfer_without_a_target_moves_nothing() -> None:
     scales = transfer_scales(torch.tensor([0.4, 0.4]), torch.tensor([0.0, 0.2]), keep=0.5)
     assert scales.source.tolist() == [1.0, 0.5]
     assert scales.target.tolist() == [1.0, 2.0]
+
+
+def test_a_target_with_hardly_any_mass_receives_nothing_rather_than_nan() -> None:
+    weights = torch.tensor([[[[0.6, 8e-40, 0.4, 0.0]]]])
+    sinks, targets = (torch.tensor([[[i in chosen for i in range(4)]]]) for chosen in ({0}, {1, 3}))
+    assert torch.equal(spread_sinks(weights, sinks, targets, keep=0.4), weights)
+
+
+def test_gradients_pass_through_a_transfer_where_some_rows_are_left_alone() -> None:
+    scores = torch.randn(1, 2, 3, 6, requires_grad=True)
+    steered = redistribute_sinks(
+        scores.softmax(dim=-1),
+        torch.tensor([[True, False, True, False, False, False]]),
+        torch.tensor([[False, False, True, True, True, False]]),
+        torch.tensor([[True, True, False]]),
+        keep=0.4,
+        max_sink_ratio=0.9,
+        min_image_mass=0.0,
+    )
+    steered.square().sum().backward()
+    assert scores.grad is not None
+    assert scores.grad.isfinite().all()
 
 
 def test_act_spares_the_first_sink_and_the_heads_not_listed() -> None:

@@ -131,19 +131,20 @@ def transfer_scales(source_mass: Tensor, target_mass: Tensor, *, keep: float) ->
 
     The source columns keep the fraction `keep`; the target columns share what is freed in
     proportion to what they have, so each is multiplied by `1 + (1 - keep) * m_source / m_target`.
-    Where the target has no mass nothing moves: both factors are 1. These are the factors that
-    `fast.merge_groups` takes as `mass_scale`.
+    Where the target has no mass, or one so small that the quotient could overflow, nothing moves:
+    both factors are 1. These are the factors that `fast.merge_groups` takes as `mass_scale`.
 
     Args:
         source_mass: attention mass of the giving columns, any shape, >= 0.
         target_mass: attention mass of the receiving columns, same shape, >= 0.
         keep: fraction that the source retains, in [0, 1]; 1 gives factors of exactly 1.
     """
-    can_move = target_mass > 0
-    gain = 1 + (1 - keep) * source_mass / target_mass
+    cannot = target_mass < torch.finfo(target_mass.dtype).tiny
+    # Filled before dividing: gradients of a quotient by 0 would be NaN wherever they are not used.
+    gain = 1 + (1 - keep) * source_mass / target_mass.masked_fill(cannot, 1)
     return TransferScales(
-        source=torch.where(can_move, keep, torch.ones_like(gain)),
-        target=torch.where(can_move, gain, 1.0),
+        source=torch.where(cannot, torch.ones_like(gain), keep),
+        target=torch.where(cannot, 1.0, gain),
     )
 
 
