@@ -73,6 +73,20 @@ def test_every_preset_on_the_page_exists():
     assert {"var_official", "sid_official", "vcd"} <= names
 
 
+@pytest.mark.parametrize(
+    ("option", "preset"),
+    [
+        ("memvr.layers", "memvr_official"),
+        ("deco.layers", "deco_llava"),
+        ("vista.early", "vista_llava"),
+    ],
+)
+def test_layers_on_the_page_are_those_of_the_preset_for_the_same_model(option, preset):
+    (method,) = resolve(preset)
+    written = list(getattr(method, option.split(".")[1]))
+    assert f"`{option}: {written}`" in PAGE.read_text()
+
+
 @pytest.mark.parametrize("path", ["docs/evaluation.md", "README.md"])
 def test_the_page_is_linked(path):
     assert "from-official-code.md" in (PAGE.parents[1] / path).read_text()
