@@ -41,7 +41,8 @@ def rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def markdown(report: Mapping[str, Any]) -> str:
     """The page of the documentation."""
     head, *body = rows(report)
-    attached = [seen for seen in report["families"].values() if seen["attaches"]]
+    tried = [seen for seen in report["families"].values() if seen["attaches"] is not None]
+    attached = [seen for seen in tried if seen["attaches"]]
     with_images = [seen for seen in attached if seen["steered"]["images per prompt"]]
     lines = [
         "# Model families",
@@ -49,9 +50,10 @@ def markdown(report: Mapping[str, Any]) -> str:
         "Depends on `vlm_steer/commands/families.json`, `tests/families/report.py`, and is written",
         "by `python -m tests.families.report`. Do not edit.",
         "",
-        f"Every family that transformers {report['transformers']} maps to image-text-to-text was "
-        f"looked at as a tiny random model: of {len(report['families'])}, {len(attached)} attach, "
-        f"{len(with_images)} of them steered with real pixels. In a left-padded batch of two, "
+        f"Of the {len(report['families'])} families that transformers {report['transformers']} "
+        f"maps to image-text-to-text, {len(tried)} were tried as tiny random models: "
+        f"{len(attached)} attach, {len(with_images)} of them steered with real pixels. "
+        "In a left-padded batch of two, "
         "neutral parameters were the unsteered model bit for bit, a method on the last row changed "
         "that row alone (earlier rows too where the prompt is bidirectional), a method "
         "on image columns changed rows after the image, and a prompt "
