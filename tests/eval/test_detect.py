@@ -505,6 +505,20 @@ def test_detectors_are_fitted_used_and_judged_from_the_command_line(run, tmp_pat
     assert "svar: " in out
 
 
+def test_the_list_says_what_each_detector_needs(run):
+    _, out, _ = run("detect", "list")
+    needs = {}
+    for line in out.splitlines():
+        if not line.startswith(" "):
+            name = line.split(":")[0]
+        elif line.startswith("    needs "):
+            needs[name] = line.removeprefix("    needs ")
+    assert needs["lookback_ratio"] == "fitting"
+    assert needs["visual_dependence"] == "one more pass, without the image"
+    assert needs["self_check"] == "the image, or a model to ask again"
+    assert not {"position", "entropy", "svar"} & set(needs)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

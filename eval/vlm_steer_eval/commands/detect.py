@@ -1,6 +1,7 @@
 """Commands that fit, use and judge detectors of hallucinated words."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
@@ -88,6 +89,12 @@ Method: TypeAlias = Annotated[
 ]
 
 _PROMPT = "Please describe this image in detail."
+_IN_WORDS = {
+    "maps": "maps of attention",
+    "received": "one more pass over the text",
+    "lens": "the output head on all image tokens",
+    "blind": "one more pass, without the image",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +184,7 @@ def show(
                 "summary": (cls.__doc__ or "").strip().splitlines()[0],
                 "paper": cls.paper,
                 "needs": list(cls.needs),
+                "needs_evidence": cls.needs_evidence,
                 "must_be_fitted": cls.must_be_fitted,
                 "options": build_detector(name).options(),
             }
@@ -189,6 +197,17 @@ def show(
         given = ", ".join(f"{key}={value}" for key, value in entry["options"].items())
         if given:
             typer.echo(f"    {given}")
+        if needed := _needed(entry):
+            typer.echo(f"    needs {', '.join(needed)}")
+
+
+def _needed(entry: Mapping[str, Any]) -> list[str]:
+    """What a detector takes beside the trace of a generation, in words."""
+    return [
+        *(["fitting"] if entry["must_be_fitted"] else []),
+        *(_IN_WORDS[need] for need in entry["needs"]),
+        *(["the image, or a model to ask again"] if entry["needs_evidence"] else []),
+    ]
 
 
 @spelled_out()
