@@ -171,6 +171,14 @@ def test_methods_as_json_holds_every_option(run):
     }
 
 
+def test_a_narrow_terminal_cuts_no_name_off(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = run("methods", "halc")
+    meanings = "".join(line.split("│")[4].strip() for line in out.splitlines() if "│" in line)
+    assert "google/owlv2-base-patch16-ensemble" in meanings
+    assert "…" not in out
+
+
 def test_a_method_is_explained_with_its_options(run):
     code, out, _ = run("methods", "vhr")
     assert code == 0

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from vlm_steer.commands.catalog import Entry
 
@@ -104,7 +104,8 @@ def _as_yaml(value: object) -> str:
 
 
 def _show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(*columns, show_lines=True)
+    # A name of a hub or a path is longer than its column, and useless where it is cut off.
+    table = Table(*(Column(name, overflow="fold") for name in columns), show_lines=True)
     for row in rows:
         table.add_row(*row)
     Console(markup=False, highlight=False).print(table)
