@@ -5,7 +5,9 @@ import torch
 
 import vlm_steer
 from tests.contract.settings import ACTIVE
+from tests.families import zoo
 from vlm_steer.engine import hooks, plan
+from vlm_steer.engine.caches import take_rows
 from vlm_steer.errors import SteerError
 from vlm_steer.generation import encode, render_prompt
 from vlm_steer.tiny.scenes import image
@@ -95,6 +97,40 @@ def test_methods_that_need_the_whole_prompt_refuse(tiny, spec):
         assert steering.plan.prefix is None
         with pytest.raises(SteerError, match="pass of its own"):
             steering.prefill(input_ids=torch.ones(1, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_rows_that_a_cache_does_not_have_are_refused_before_it_changes(tiny, n):
+    model, processor = tiny
+    prefix = encode(processor, [render_prompt(processor, "?")] * n, [image("iid", 100_000)] * n)
+    with vlm_steer.steer(model, None) as steering:
+        cache = steering.prefill(**prefix)
+        before = cache.layers[0].keys
+        for rows in ([0, n], [-1, 0]):
+            with pytest.raises(SteerError, match=rf"fork\(\): rows .* the cache has {n}"):
+                steering.fork(cache, torch.tensor(rows))
+        assert cache.layers[0].keys is before
+
+
+def test_an_image_that_sees_the_question_is_in_no_shared_pass():
+    family = zoo.load("paligemma")
+    with (
+        vlm_steer.steer(family.model, None) as steering,
+        pytest.raises(SteerError, match="may depend on the question"),
+    ):
+        steering.prefill(**family.inputs())
+
+
+def test_layers_without_attention_take_rows_too():
+    family = zoo.load("qwen3_5")
+    prompt, rows = family.batch([family.inputs(6), family.inputs(6, seed=1)]), [1, 0, 1]
+    with torch.no_grad():
+        cache = family.model(**prompt, use_cache=True).past_key_values
+        before = [layer.conv_states[0].clone() for layer in cache.layers[::2]]
+        take_rows(cache, torch.tensor(rows))
+    for layer, states in zip(cache.layers[::2], before, strict=True):
+        assert torch.equal(layer.conv_states[0], states[rows])
+    assert all(len(layer.keys) == len(rows) for layer in cache.layers[1::2])
 
 
 def test_every_hook_of_a_layer_is_known_to_act_on_late_rows_or_on_the_prompt():

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from vlm_steer.errors import SteerError
+
 __all__ = ["can_join", "join", "split", "take_rows", "without_last"]
 
 
@@ -74,11 +76,23 @@ def take_rows(cache: Any, rows: Tensor) -> None:
     """Turn a cache into one of other rows, ``[new rows]`` int64, each of which continues one.
 
     The row of a cache that has no other is not copied: what comes next is appended to a copy.
+
+    Raises:
+        SteerError: The cache has fewer rows.
     """
-    if not _is_plain(cache) or any(
-        layer.keys is not None and layer.keys.shape[0] > 1 for layer in cache.layers
-    ):
-        cache.batch_select_indices(rows)
+    if not _is_plain(cache):
+        cache.reorder_cache(rows)  # not every layer can select rows
+        return
+    known = min(
+        (layer.keys.shape[0] for layer in cache.layers if layer.keys is not None), default=0
+    )
+    if bool(((rows < 0) | (rows >= known)).any()):
+        raise SteerError(
+            f"fork(): rows {rows.tolist()} were asked for, but the cache has {known}. Pass, for "
+            "each new row, the int64 index of the row it continues."
+        )
+    if known > 1:
+        cache.reorder_cache(rows)
         return
     for layer in cache.layers:
         if layer.keys is not None:

@@ -176,13 +176,15 @@ class Steering:
             The cache.
 
         Raises:
-            SteerError: A method acts on that part of the prompt, see ``Plan.prefix``.
+            SteerError: A method acts on that part of the prompt, or the model may read it by what
+                follows, see ``Plan.prefix``.
         """
         model = self._installation.info.model
         if self._plan.prefix is None:
             raise SteerError(
-                "prefill(): these methods act before the question, or on the whole prompt, so "
-                "every prompt needs a pass of its own. Call generate() with the whole prompts."
+                "prefill(): these methods act before the question or on the whole prompt, or what "
+                f"{self._installation.info.family} makes of an image may depend on the question, "
+                "so every prompt needs a pass of its own. Call generate() with the whole prompts."
             )
         if self._plan.prefix == "untouched":
             with in_context(put_on(self._installation.info, ())):
@@ -199,6 +201,9 @@ class Steering:
         Args:
             cache: The cache; changed in place.
             rows: ``[new rows]`` int64, the row that each new row continues.
+
+        Raises:
+            SteerError: The cache has fewer rows.
         """
         run = self._installation.earlier(cache)
         take_rows(cache, rows)

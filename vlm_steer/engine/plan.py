@@ -151,11 +151,12 @@ class Plan:
 
         ``untouched``: no method acts there, so the unsteered model can run it. ``marked``: methods
         only mark columns there, so it runs under steering. ``None``: a method acts there, runs
-        branches or passes of its own, or the model's positions depend on the whole prompt.
+        branches or passes of its own, or what the model makes of these tokens, or their positions,
+        may depend on the whole prompt.
         """
         if self.model.positions != "rotary" or self.model.has_cross_attention:
             return None
-        if self.search is not None:
+        if self.search is not None or self.model.has_two_way_prompts:
             return None
         for bound in self.bounds:
             method = bound.method
