@@ -105,6 +105,14 @@ def test_the_example_of_the_readme_runs(capsys):
     assert "'pai': {'layers': {" in shown
 
 
+def test_the_examples_about_the_mathematics_run_one_after_the_other():
+    page = ROOT / "docs" / "functional.md"
+    names: dict[str, object] = {}
+    for example in blocks(page, "python"):
+        exec(compile(example, page.name, "exec"), names)
+    assert names["output"].shape == names["v"].shape
+
+
 def test_the_examples_about_configuration_run_and_load(tmp_path, monkeypatch):
     from vlm_steer.config import resolve
 
