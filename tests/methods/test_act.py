@@ -1,5 +1,6 @@
 """ACT where its effect is known in advance, and the file of its calibrated heads."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -182,3 +183,24 @@ def test_an_option_out_of_range_is_refused(option: str, value: object) -> None:
 def test_a_threshold_of_one_and_more_needs_the_length_of_the_prompt() -> None:
     with pytest.raises(ConfigError, match="below 1 when relative is false"):
         ACT(threshold=5.0, relative=False)
+
+
+def test_other_heads_in_a_later_turn_do_not_take_over_what_the_former_received() -> None:
+    loaded = zoo.load("llava")
+    act = {"method": "act", "threshold": 1.01, "layers": "all", "head_list": {0: (0, 3)}}
+    batch = loaded.batch([loaded.inputs(6)])
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    found = []
+    for update in (True, False):
+        with vlm_steer.steer(loaded.model, act) as steering:
+            first = loaded.model.generate(**batch, **options)
+            cache, ids = first.past_key_values, first.sequences
+            ids = torch.cat([ids, batch["input_ids"][:, -4:]], dim=1)
+            steering.update(head_list={0: (1, 2)})
+            if not update:
+                cache = copy.deepcopy(cache)  # of which the steering knows nothing
+            second = loaded.model.generate(
+                input_ids=ids, past_key_values=cache, **options, output_logits=True
+            )
+        found.append(torch.stack(second.logits))
+    assert torch.equal(*found)

@@ -197,8 +197,8 @@ class Run:
 
     def _inherit(self, stream: Stream, earlier: Call) -> None:
         """Take over what an earlier generation learnt about the tokens in its cache."""
-        theirs, mine = ([b.method.name for b in plan.bounds] for plan in (earlier.plan, self.plan))
-        stream.inherit(earlier.positive, same_methods=theirs == mine)
+        is_same = _kept_for(earlier.plan) == _kept_for(self.plan)
+        stream.inherit(earlier.positive, same_methods=is_same)
 
     def _layout(self, kwargs: dict[str, Any]) -> Layout:
         rows, length = n_rows(kwargs), n_tokens(kwargs)
@@ -361,6 +361,21 @@ class Run:
             else torch.cat([logits[:, :-1], steered[:, None]], dim=1)
         )
         return output
+
+
+def _kept_for(plan: Plan) -> list[tuple[str, dict[int, tuple[int, ...]]]]:
+    """For whom marks and tallies of a conversation are kept: methods and their own heads."""
+    return [
+        (
+            bound.method.name,
+            {
+                i: heads
+                for i in bound.layers
+                if (heads := bound.method.own_heads(i, bound.constants))
+            },
+        )
+        for bound in plan.bounds
+    ]
 
 
 def _combine(
