@@ -55,8 +55,11 @@ class Rows:
         options: dict[str, Any],
     ):
         _refuse_unknown(options, module)
-        self.heads = _own_heads(work, options)
+        # A single row takes less time for all heads than the kernel's pass and some heads again.
+        self.heads = _own_heads(work, options) if query.shape[2] > 1 else None
+        self.block = _BLOCK
         if self.heads is not None:
+            self.block = _BLOCK * query.shape[1] // len(self.heads)
             of_keys = [head * key.shape[1] // query.shape[1] for head in self.heads]
             query, key, value = query[:, self.heads], key[:, of_keys], value[:, of_keys]
         self.forward, self.work = forward, work
@@ -81,8 +84,8 @@ class Rows:
     def recomputed(self) -> Tensor:
         """``[batch, rows, heads, value_dim]`` of a pass in which every row is steered."""
         length, blocks = self.query.shape[2], []
-        for start in range(0, length, _BLOCK):
-            rows = (start, min(start + _BLOCK, length))
+        for start in range(0, length, self.block):
+            rows = (start, min(start + self.block, length))
             weights = self._weights(*rows)
             self._observe_rows(weights, rows)
             blocks.append(self._outputs(weights))
@@ -95,8 +98,8 @@ class Rows:
         writers = self.acting.scores + self.acting.weights
         watching = tuple((b, s) for b, s in self.acting.observe if b.method.observes_rows)
         first = self.forward.first_row(writers + self.acting.look + watching)
-        for start in range(first, length, _BLOCK):
-            rows = (start, min(start + _BLOCK, length))
+        for start in range(first, length, self.block):
+            rows = (start, min(start + self.block, length))
             weights = self._weights(*rows)
             self._observe_rows(weights, rows)
             if writers:
@@ -125,8 +128,8 @@ class Rows:
         before, stop = None, self.forward.prompt_rows
         # One row more, so that the first one that counts has a row before it.
         first = max(self.forward.first_row(self.acting.tally) - 1, 0)
-        for start in range(first, stop, _BLOCK):
-            rows = (start, min(start + _BLOCK, stop))
+        for start in range(first, stop, self.block):
+            rows = (start, min(start + self.block, stop))
             closed = self._closed(*rows)
             scores = self._hooked_scores(*rows, closed, tallies=True)
             weights = self._softmax(scores, closed, slice(None), rows)
@@ -290,7 +293,7 @@ class Rows:
 
     def _sum_over_rows(self, bound: Bound, stream: Stream, f: Callable[[At], Tensor]) -> Tensor:
         length = self.query.shape[2]
-        blocks = ((s, min(s + _BLOCK, length)) for s in range(0, length, _BLOCK))
+        blocks = ((s, min(s + self.block, length)) for s in range(0, length, self.block))
         return torch.stack(
             [f(self._scores_at(bound, stream, rows, self._closed(*rows))) for rows in blocks]
         ).sum(dim=0)
