@@ -140,11 +140,11 @@ def transfer_scales(source_mass: Tensor, target_mass: Tensor, *, keep: float) ->
         keep: fraction that the source retains, in [0, 1]; 1 gives factors of exactly 1.
     """
     cannot = target_mass < torch.finfo(target_mass.dtype).tiny
+    ones = torch.ones_like(target_mass)
     # Filled before dividing: gradients of a quotient by 0 would be NaN wherever they are not used.
-    gain = 1 + (1 - keep) * source_mass / target_mass.masked_fill(cannot, 1)
+    gain = torch.addcdiv(ones, source_mass, target_mass.masked_fill(cannot, 1), value=1 - keep)
     return TransferScales(
-        source=torch.where(cannot, torch.ones_like(gain), keep),
-        target=torch.where(cannot, 1.0, gain),
+        source=torch.where(cannot, ones, keep), target=torch.where(cannot, ones, gain)
     )
 
 
@@ -182,7 +182,7 @@ def sink_transfer_scales(
     """
     most = max_sink_ratio * (image_mass + _SHARE_SMOOTHING * n_image)
     selected = eligible & (image_sink_mass <= most) & (image_mass >= min_image_mass)
-    other_mass = (image_mass - image_sink_mass).masked_fill(~selected, 0)
+    other_mass = torch.where(selected, image_mass - image_sink_mass, 0.0)
     return transfer_scales(sink_mass, other_mass, keep=keep)
 
 
@@ -227,12 +227,13 @@ def redistribute_sinks(
     a = upcast(weights)
     sink = sinks[:, None] if sinks.dim() == 2 else sinks
     image = visual[:, None]
-    groups = column_groups(sink, sink & image, image & ~sink, dtype=a.dtype)
-    # Columns that differ from row to row are those of a product per row, not per head.
+    groups = column_groups(sink, sink & image, image > sink, dtype=a.dtype)
+    # Heads share their columns, so that one product serves all of them: per row, where the columns
+    # of rows differ, or else for the rows of all heads.
     per_row = sink.shape[1] > 1
-    a = a.transpose(1, 2) if per_row else a
-    masses = a @ groups
-    masses = masses.transpose(1, 2) if per_row else masses
+    shared = a.transpose(1, 2) if per_row else a.flatten(1, 2)[:, None]
+    masses = shared @ groups
+    masses = masses.transpose(1, 2) if per_row else masses.reshape(*a.shape[:3], -1)
     sink_mass, image_sink_mass, other_mass = masses.unbind(-1)
     scales = sink_transfer_scales(
         sink_mass,
@@ -245,9 +246,9 @@ def redistribute_sinks(
         min_image_mass=min_image_mass,
     )
     factors = torch.stack(scales, dim=-1)
-    factors = factors.transpose(1, 2) if per_row else factors
-    scaled = scale_groups(a, groups[..., ::2], factors)
-    return (scaled.transpose(1, 2) if per_row else scaled).to(weights.dtype)
+    factors = factors.transpose(1, 2) if per_row else factors.flatten(1, 2)[:, None]
+    scaled = scale_groups(shared, groups[..., ::2], factors)
+    return (scaled.transpose(1, 2) if per_row else scaled.reshape(a.shape)).to(weights.dtype)
 
 
 def received_attention(weights: Tensor, *, mask: Tensor | None = None) -> Tensor:
