@@ -326,9 +326,9 @@ def page(name: str, report: Mapping[str, Any]) -> str:
         "",
         "Written by `python benchmarks/results.py`; float32, transformers "
         f"{report['transformers']}. Where several strengths were tried, one was chosen on "
-        f"{sizes['tune']} `validation` scenes by the F1 of mentioned objects; the others are "
-        f"defaults. Captions of {sizes['chair']} scenes and questions about {sizes['pope']} scenes "
-        "per split.",
+        f"{sizes['tune']} `validation` scenes by the F1 of mentioned objects; the others "
+        f"are as listed under *Settings*. Captions of {sizes['chair']} scenes and questions about "
+        f"{sizes['pope']} scenes per split.",
         "",
         "In brackets, 95 % intervals of the difference to the unsteered model, paired by scene; a "
         "star means p < 0.05 after Holm's correction over the methods, in which controls and "
@@ -348,8 +348,9 @@ def page(name: str, report: Mapping[str, Any]) -> str:
             lines += ["", *_pope_table(pope), "", *_remarks(chair)]
     lines += ["", "## Mechanics only", ""]
     lines += [f"- `{arm}`: {why}." for arm, why in MECHANICS.items() if arm in report["settings"]]
-    lines += ["", "## Left out", ""]
-    lines += [f"- `{arm}`: {why}" for arm, why in report["left_out"].items()]
+    if report["left_out"]:
+        lines += ["", "## Left out", ""]
+        lines += [f"- `{arm}`: {why}" for arm, why in report["left_out"].items()]
     lines += ["", "## Settings", ""]
     lines += [f"- `{arm}`: `{json.dumps(spec)}`" for arm, spec in report["settings"].items()]
     return "\n".join(lines) + "\n"
