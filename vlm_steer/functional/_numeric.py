@@ -35,11 +35,12 @@ def column_groups(*masks: Tensor, dtype: torch.dtype) -> Tensor:
     """Stacks groups of columns so that `weights @ groups` sums over each of them.
 
     Args:
-        *masks: bool, broadcastable to each other, `[batch, heads or 1, key]`.
+        *masks: bool, broadcastable to each other, `[batch, n, key]`, where n is the second axis of
+            the weights, or 1.
         dtype: that of the weights, which have to be finite everywhere.
 
     Returns:
-        0 or 1, `[batch, heads or 1, key, groups]`.
+        0 or 1, `[batch, n, key, groups]`.
     """
     whole = torch.broadcast_tensors(*masks)  # type: ignore[no-untyped-call]
     return torch.stack(whole, dim=-1).to(dtype)
@@ -49,9 +50,9 @@ def scale_groups(weights: Tensor, groups: Tensor, factors: Tensor) -> Tensor:
     """Multiplies groups of columns by a factor each, in one product.
 
     Args:
-        weights: `[batch, heads, rows, key]` float.
+        weights: `[batch, n, rows, key]` float; heads and rows may change places.
         groups: from `column_groups`, disjoint.
-        factors: `[batch, heads, rows, groups]`; 1 is identity, bitwise.
+        factors: `[batch, n, rows, groups]`; 1 is identity, bitwise.
     """
     return torch.addcmul(weights, weights, (factors - 1) @ groups.transpose(-1, -2))
 

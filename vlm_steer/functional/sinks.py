@@ -228,13 +228,17 @@ def redistribute_sinks(
     sink = sinks[:, None] if sinks.dim() == 2 else sinks
     image = visual[:, None]
     groups = column_groups(sink, sink & image, image > sink, dtype=a.dtype)
-    # Heads share their columns, so that one product serves all of them: per row, where the columns
-    # of rows differ, or else for the rows of all heads.
-    per_row = sink.shape[1] > 1
-    shared = a.transpose(1, 2) if per_row else a.flatten(1, 2)[:, None]
-    masses = shared @ groups
-    masses = masses.transpose(1, 2) if per_row else masses.reshape(*a.shape[:3], -1)
-    sink_mass, image_sink_mass, other_mass = masses.unbind(-1)
+    differs_by_row = sink.shape[1] > 1
+
+    # Heads share their columns, so that one product serves all of them: a row of all heads, where
+    # the columns of rows differ, or else all rows of all heads.
+    def fold(per_head: Tensor) -> Tensor:
+        return per_head.transpose(1, 2) if differs_by_row else per_head.flatten(1, 2)[:, None]
+
+    def unfold(folded: Tensor) -> Tensor:
+        return folded.transpose(1, 2) if differs_by_row else folded.reshape(*a.shape[:3], -1)
+
+    sink_mass, image_sink_mass, other_mass = unfold(fold(a) @ groups).unbind(-1)
     scales = sink_transfer_scales(
         sink_mass,
         image_sink_mass,
@@ -245,10 +249,8 @@ def redistribute_sinks(
         max_sink_ratio=max_sink_ratio,
         min_image_mass=min_image_mass,
     )
-    factors = torch.stack(scales, dim=-1)
-    factors = factors.transpose(1, 2) if per_row else factors.flatten(1, 2)[:, None]
-    scaled = scale_groups(shared, groups[..., ::2], factors)
-    return (scaled.transpose(1, 2) if per_row else scaled.reshape(a.shape)).to(weights.dtype)
+    factors = fold(torch.stack(scales, dim=-1))
+    return unfold(scale_groups(fold(a), groups[..., ::2], factors)).to(weights.dtype)
 
 
 def received_attention(weights: Tensor, *, mask: Tensor | None = None) -> Tensor:
